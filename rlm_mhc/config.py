@@ -1,0 +1,196 @@
+"""Frozen, validated configs of the model and its training, and the presets by name."""
+
+import dataclasses
+from typing import Any
+
+from rlm_mhc.validation import at_least, between, check, nearest, one_of, positive, section
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(hidden_dim=128, num_layers=6, num_heads=4, vocab_size=4096, max_seq_len=2048),
+    "125m": dict(hidden_dim=768, num_layers=12, num_heads=12, vocab_size=50304, max_seq_len=2048),
+    "1b": {},
+    "7b": dict(hidden_dim=4096, num_layers=32, num_heads=32, ffn_dim=11008, tie_embeddings=False),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a language model whose residual stream is an mHC.
+
+    `num_kv_heads=None` is `num_heads`, `head_dim=None` is `hidden_dim / num_heads`, and `ffn_dim=None` is
+    `8/3 · hidden_dim` rounded up to a multiple of 64; after construction the fields hold these numbers.
+    `mhc_enabled=False` is the plain pre-norm transformer, without any mHC weight.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+
+    >>> ModelConfig(hidden_dim=256, num_layers=4, num_heads=4).ffn_dim
+    704
+    """
+
+    hidden_dim: int = at_least(1, 2048)
+    num_layers: int = at_least(1, 24)
+    num_heads: int = at_least(1, 16)
+    num_kv_heads: int | None = at_least(1, None)
+    head_dim: int | None = at_least(2, None)
+    ffn_dim: int | None = at_least(1, None)
+    vocab_size: int = at_least(2, 32000)
+    max_seq_len: int = at_least(1, 8192)
+    rope_theta: float = positive(10000.0)
+    norm_eps: float = positive(1e-6)
+    tie_embeddings: bool = True
+    mhc_enabled: bool = True
+    mhc_flows: int = at_least(1, 4)
+    mhc_sinkhorn_iters: int = at_least(1, 20)
+    mhc_preset: str = one_of("paper", later=("deepseek_v4", "single_pass", "identity", "hc"))
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.head_dim is None and self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads}: must divide hidden_dim={self.hidden_dim}, "
+                "or set head_dim to choose the width of a head"
+            )
+        for name, value in _derived_sizes(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
+        if self.head_width % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim}: must be even, since rotary embedding turns pairs; "
+                f"it is hidden_dim={self.hidden_dim} / num_heads={self.num_heads} unless set"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """`num_kv_heads` as an int."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim` as an int."""
+        return self.head_dim or self.hidden_dim // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """`ffn_dim` as an int."""
+        return self.ffn_dim or _round_up(8 * self.hidden_dim / 3, 64)
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """The config named `tiny`, `125m`, `1b` or `7b`.
+
+        Raises:
+            ValueError: on any other name.
+
+        >>> ModelConfig.preset("tiny").hidden_dim
+        128
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r}: expected one of {', '.join(PRESETS)}{nearest(str(name), PRESETS)}")
+        return cls(**PRESETS[name])
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with other values; sizes that were derived are derived anew, unlike in `dataclasses.replace`.
+
+        >>> ModelConfig().replace(hidden_dim=1024).head_dim
+        64
+        """
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        derived = {name: None for name, value in _derived_sizes(self).items() if kept[name] == value}
+        return ModelConfig(**(kept | derived | changes))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW: `lr` is the peak of the schedule, `weight_decay` applies to matrices only."""
+
+    type: str = one_of("adamw")
+    lr: float = positive(1e-4)
+    weight_decay: float = at_least(0, 0.1)
+    betas: tuple[float, float] = between(0, 0.999999, (0.9, 0.95))
+    eps: float = positive(1e-8)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Linear warm-up over `warmup_steps` updates, then a cosine down to `min_lr_ratio · lr` at the last update."""
+
+    type: str = one_of("cosine")
+    warmup_steps: int = at_least(0, 1000)
+    min_lr_ratio: float = between(0, 1, 0.1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases: used only when `project` is named."""
+
+    project: str | None = None
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train; the `training` section of the command line.
+
+    One update sees `batch_size × gradient_accumulation_steps` sequences per device.
+    `mixed_precision="bf16"` keeps fp32 weights and computes on a bf16 copy; mHC stays in fp32.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+
+    >>> TrainConfig(optimizer={"lr": 3e-4}, max_steps=100).optimizer.lr
+    0.0003
+    """
+
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    scheduler: SchedulerConfig = section(SchedulerConfig)
+    batch_size: int = at_least(1, 8)
+    gradient_accumulation_steps: int = at_least(1, 4)
+    max_steps: int = at_least(1, 50000)
+    mixed_precision: str = one_of("bf16", "fp32", later=("fp16",))
+    gradient_checkpointing: bool = False
+    remat: str = one_of("none", later=("mhc", "full"))
+    max_grad_norm: float = positive(1.0)
+    save_steps: int = at_least(1, 1000)
+    save_total_limit: int = at_least(1, 5)
+    logging_steps: int = at_least(1, 10)
+    eval_steps: int = at_least(1, 500)
+    eval_batches: int = at_least(1, 16)
+    compile: bool = True
+    wandb: WandbConfig = section(WandbConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing=True is planned but not in this version yet; use false and a smaller "
+                "batch_size with more gradient_accumulation_steps"
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one device consumes per update."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+def _derived_sizes(config: ModelConfig) -> dict[str, int]:
+    return {
+        "num_kv_heads": config.num_heads,
+        "head_dim": config.hidden_dim // config.num_heads,
+        "ffn_dim": _round_up(8 * config.hidden_dim / 3, 64),
+    }
+
+
+def _round_up(size: float, multiple: int) -> int:
+    return -int(-size // multiple) * multiple

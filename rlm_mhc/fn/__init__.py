@@ -1,0 +1,74 @@
+"""The reference mathematics: pure, shape-typed functions of explicit parameter trees.
+
+Differentiate, batch and compile them as you like: `torch.func.grad_and_value(fn.loss)(params, batch, config)`.
+"""
+
+from rlm_mhc.fn.attention import causal_attention, self_attention
+from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
+from rlm_mhc.fn.gain import composite_gain
+from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.lm import Backbone, backbone, embed, forward, head, positions
+from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
+from rlm_mhc.fn.mhc import (
+    MHCMappings,
+    collapse_streams,
+    expand_streams,
+    mhc_aggregate,
+    mhc_combine,
+    mhc_mappings,
+)
+from rlm_mhc.fn.mlp import swiglu
+from rlm_mhc.fn.norm import rms_norm, widen
+from rlm_mhc.fn.optim import AdamWState, adamw, adamw_init, clip_by_global_norm, global_norm
+from rlm_mhc.fn.rope import rotary_embedding, rotary_table
+from rlm_mhc.fn.sample import sample_token
+from rlm_mhc.fn.schedule import cosine_schedule
+from rlm_mhc.fn.sinkhorn import sinkhorn_knopp
+from rlm_mhc.params import LMParams, MHCParams, cast, count, decay_mask, init, names
+
+__all__ = [
+    "REFERENCE",
+    "AdamWState",
+    "Backbone",
+    "Batch",
+    "BlockOutput",
+    "Kernels",
+    "LMParams",
+    "MHCMappings",
+    "MHCParams",
+    "adamw",
+    "adamw_init",
+    "backbone",
+    "block",
+    "cast",
+    "causal_attention",
+    "clip_by_global_norm",
+    "collapse_streams",
+    "composite_gain",
+    "cosine_schedule",
+    "count",
+    "count_targets",
+    "decay_mask",
+    "embed",
+    "expand_streams",
+    "forward",
+    "global_norm",
+    "head",
+    "hyper_connection",
+    "init",
+    "loss",
+    "mhc_aggregate",
+    "mhc_combine",
+    "mhc_mappings",
+    "names",
+    "positions",
+    "rms_norm",
+    "rotary_embedding",
+    "rotary_table",
+    "sample_token",
+    "self_attention",
+    "sinkhorn_knopp",
+    "swiglu",
+    "token_loss_sum",
+    "widen",
+]

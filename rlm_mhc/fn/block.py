@@ -1,0 +1,70 @@
+"""One transformer block: attention and MLP, each inside a hyper-connection or a plain residual."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.attention import self_attention
+from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.params import Layer, MHCParams
+from rlm_mhc.types import RotaryTable
+
+
+class BlockOutput(NamedTuple):
+    """`hidden`: the streams `[*b, s, n, c]` after the block (without mHC `[*b, s, c]`); `res`: the residual
+    mappings of its attention and MLP, each `[*b, s, n, n]` (without mHC none)."""
+
+    hidden: Tensor
+    res: tuple[Tensor, ...]
+
+
+def block(
+    params: Layer,
+    hidden: Tensor,
+    cos: RotaryTable,
+    sin: RotaryTable,
+    config: ModelConfig,
+    kernels: Kernels = REFERENCE,
+) -> BlockOutput:
+    """Pre-norm attention, then pre-norm SwiGLU, around streams `[*b, s, n, c]` (without mHC `[*b, s, c]`).
+
+    >>> import torch; from rlm_mhc import fn
+    >>> config = ModelConfig.preset("tiny")
+    >>> streams = torch.randn(1, 7, config.mhc_flows, config.hidden_dim)
+    >>> fn.block(fn.init(config).layers[0], streams, *fn.rotary_table(torch.arange(7), 32), config).hidden.shape
+    torch.Size([1, 7, 4, 128])
+    """
+
+    def attention(u: Tensor) -> Tensor:
+        normed = kernels.rms_norm(u, params.input_layernorm.weight, config.norm_eps)
+        return self_attention(params.self_attn, normed, cos, sin, kernels.attention)
+
+    def mlp(u: Tensor) -> Tensor:
+        return kernels.swiglu(
+            params.mlp, kernels.rms_norm(u, params.post_attention_layernorm.weight, config.norm_eps)
+        )
+
+    hidden, attn_res = hyper_connection(params.attn_mhc, hidden, attention, config, kernels)
+    hidden, mlp_res = hyper_connection(params.mlp_mhc, hidden, mlp, config, kernels)
+    return BlockOutput(hidden, attn_res + mlp_res)
+
+
+def hyper_connection(
+    params: MHCParams | tuple[()],
+    hidden: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    config: ModelConfig,
+    kernels: Kernels = REFERENCE,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """A sub-layer inside its hyper-connection, and the `res` it used; for `params=()` the residual `x + branch(x)`.
+
+    >>> hyper_connection((), 2.0, lambda x: 10 * x, ModelConfig())
+    (22.0, ())
+    """
+    if not isinstance(params, MHCParams):
+        return hidden + branch(hidden), ()
+    pre, post, res = kernels.mhc_mappings(params, hidden, num_iters=config.mhc_sinkhorn_iters, eps=config.norm_eps)
+    output = branch(kernels.mhc_aggregate(hidden, pre))
+    return kernels.mhc_combine(hidden, output, post, res), (res,)

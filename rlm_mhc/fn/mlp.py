@@ -1,0 +1,19 @@
+"""The feed-forward sub-layer."""
+
+import torch.nn.functional as F
+
+from rlm_mhc.params import MLP
+from rlm_mhc.types import Hidden
+
+
+def swiglu(params: MLP, x: Hidden) -> Hidden:
+    """`down(silu(gate(x)) · up(x))`.
+
+    Source: Shazeer, arXiv 2002.05202; Llama's names.
+
+    >>> import torch; from rlm_mhc import fn, ModelConfig
+    >>> fn.swiglu(fn.init(ModelConfig.preset("tiny")).layers[0].mlp, torch.randn(3, 128)).shape
+    torch.Size([3, 128])
+    """
+    gated = F.silu(F.linear(x, params.gate_proj.weight)) * F.linear(x, params.up_proj.weight)
+    return F.linear(gated, params.down_proj.weight)

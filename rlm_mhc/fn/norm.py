@@ -1,0 +1,29 @@
+"""Root-mean-square normalisation, and the one rule for computing statistics in a wide enough dtype."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlm_mhc.types import Hidden, Vector
+
+
+def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`x` in fp32, or in fp64 if it is fp64: the dtype of statistics, mappings and losses.
+
+    >>> widen(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Hidden, weight: Vector, eps: float = 1e-6) -> Hidden:
+    """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`.
+
+    Source: Zhang & Sennrich, arXiv 1910.07467; Llama's layout.
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
+    tensor([0.8485, 1.1314])
+    """
+    wide = widen(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight).to(x.dtype)

@@ -1,0 +1,116 @@
+"""AdamW and gradient clipping as functions of trees."""
+
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw as torch_adamw
+
+from rlm_mhc.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from rlm_mhc.types import Scalar
+
+Tree = TypeVar("Tree")
+
+
+class AdamWState(NamedTuple):
+    """First and second moments in the structure of the parameters, and the number of updates, a 0-d fp32 tensor."""
+
+    exp_avg: Any
+    exp_avg_sq: Any
+    step: Tensor
+
+
+def adamw_init(params: Any) -> AdamWState:
+    """Zero moments for a tree of parameters.
+
+    >>> adamw_init((torch.ones(2),)).exp_avg
+    (tensor([0., 0.]),)
+    """
+    device = tree_leaves(params)[0].device
+    return AdamWState(
+        tree_map(torch.zeros_like, params),
+        tree_map(torch.zeros_like, params),
+        torch.zeros((), dtype=torch.float32, device=device),
+    )
+
+
+def adamw(
+    params: Tree,
+    grads: Tree,
+    state: AdamWState,
+    decay: Any,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    donate: bool = False,
+) -> tuple[Tree, AdamWState]:
+    """One update: `p ← p - lr · (m̂ / (sqrt(v̂) + eps) + weight_decay · p)`, by torch's own functional AdamW.
+
+    Args:
+        params: the tree to update, and `grads` of the same structure.
+        grads: its gradients.
+        state: of `adamw_init` or the last update.
+        decay: a tree of booleans (`fn.decay_mask(config)`): where weight decay applies.
+        lr: learning rate, a number or a 0-d tensor.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled from the gradient.
+        donate: update in place; the arguments must not be used again.
+
+    Source: Loshchilov & Hutter, arXiv 1711.05101; `torch.optim.adamw.adamw`.
+
+    >>> params, state = adamw((torch.ones(1),), (torch.ones(1),), adamw_init((torch.ones(1),)), (False,), lr=0.1)
+    >>> params
+    (tensor([0.9000]),)
+    """
+    if not donate:
+        params, state = tree_map(torch.clone, params), tree_map(torch.clone, state)
+    leaves, spec = tree_flatten(params)
+    columns = [leaves, *map(spec.flatten_up_to, (grads, state.exp_avg, state.exp_avg_sq))]
+    flags = spec.flatten_up_to(decay)
+    for flag, rate in ((True, weight_decay), (False, 0.0)):
+        chosen = [[leaf for leaf, f in zip(column, flags, strict=True) if f is flag] for column in columns]
+        # torch counts updates once per leaf, in place: each gets its own counter.
+        steps = [state.step.clone() for _ in chosen[0]]
+        torch_adamw(
+            *chosen,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=rate,
+            eps=eps,
+            maximize=False,
+        )
+    return tree_unflatten(leaves, spec), AdamWState(state.exp_avg, state.exp_avg_sq, state.step + 1)
+
+
+def global_norm(tree: Any) -> Scalar:
+    """`sqrt(Σ x²)` over all leaves.
+
+    >>> global_norm((torch.tensor([3.0]), torch.tensor([4.0])))
+    tensor(5.)
+    """
+    return get_total_norm(tree_leaves(tree))
+
+
+def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Scalar]:
+    """Scale all gradients by `min(1, max_norm / norm)`; also returns the norm before clipping.
+
+    Raises:
+        ValueError: unless `max_norm > 0`.
+
+    >>> clip_by_global_norm((torch.tensor([3.0, 4.0]),), 1.0)
+    ((tensor([0.6000, 0.8000]),), tensor(5.))
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm}: expected a number above 0")
+    norm = global_norm(grads)
+    scale = max_norm / norm.clamp(min=max_norm)
+    return tree_map(lambda g: g * scale.to(g.dtype), grads), norm

@@ -1,0 +1,219 @@
+"""The parameter tree of a language model, and the one table that describes every weight.
+
+The table is the tree itself with a `WeightSpec` at each leaf. Initial values, meta trees, counts, names and
+weight decay all derive from it.
+"""
+
+import dataclasses
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.tree import map_named, named_leaves, tree_leaves, tree_map
+
+INIT_STD = 0.02
+ALPHA_INIT = 0.01
+RES_DIAGONAL_INIT = 0.995
+
+
+class Linear(NamedTuple):
+    """`y = x · weightᵀ`, `weight: [out, in]`."""
+
+    weight: Tensor
+
+
+class Embedding(NamedTuple):
+    """`weight: [v, c]`, one row per token."""
+
+    weight: Tensor
+
+
+class RMSNorm(NamedTuple):
+    """`weight: [c]`, the scale after normalisation."""
+
+    weight: Tensor
+
+
+class MHCParams(NamedTuple):
+    """One sub-layer's hyper-connection: `phi: [n·c, 2n+n²]`, `alpha: [3]`, `bias: [2n+n²]`, split pre | post | res."""
+
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor
+
+
+class SelfAttention(NamedTuple):
+    """Projections of causal attention with grouped heads."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+
+
+class MLP(NamedTuple):
+    """SwiGLU: `down(silu(gate(x)) · up(x))`."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+
+class Layer(NamedTuple):
+    """One transformer block; without mHC both `*_mhc` are `()`."""
+
+    attn_mhc: MHCParams | tuple[()]
+    input_layernorm: RMSNorm
+    self_attn: SelfAttention
+    mlp_mhc: MHCParams | tuple[()]
+    post_attention_layernorm: RMSNorm
+    mlp: MLP
+
+
+class LMParams(NamedTuple):
+    """A language model; `lm_head` is `()` when the embedding is tied."""
+
+    embed_tokens: Embedding
+    layers: tuple[Layer, ...]
+    norm: RMSNorm
+    lm_head: Linear | tuple[()]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """Everything there is to know of one weight before it exists.
+
+    `std` is the standard deviation of its normal noise around `mean` (a number, or one per entry).
+    `fp32` weights stay at least fp32 in any precision; `decay` ones are subject to weight decay.
+    """
+
+    shape: tuple[int, ...]
+    std: float = 0.0
+    mean: float | tuple[float, ...] = 0.0
+    decay: bool = False
+    fp32: bool = False
+
+    def dtype(self, compute: torch.dtype) -> torch.dtype:
+        """The weight's own dtype where the others have `compute`."""
+        return torch.promote_types(compute, torch.float32) if self.fp32 else compute
+
+    def init(self, name: str, seed: int, device: torch.device | str, compute: torch.dtype) -> Tensor:
+        """Its initial value, a function of `(seed, name)` alone, whatever the device or the order of creation."""
+        dtype = self.dtype(compute)
+        if torch.device(device).type == "meta":
+            return torch.empty(self.shape, dtype=dtype, device="meta")
+        mean = torch.as_tensor(self.mean, dtype=torch.float32).expand(self.shape)
+        if self.std == 0:
+            return mean.to(device=device, dtype=dtype, copy=True).contiguous()
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.randn(self.shape, generator=generator).mul_(self.std).add_(mean).to(device=device, dtype=dtype)
+
+
+def weight_table(config: ModelConfig) -> Any:
+    """The tree of `WeightSpec`s of a model: an `LMParams` with a spec in place of each tensor.
+
+    >>> weight_table(ModelConfig.preset("tiny")).layers[0].self_attn.q_proj.weight.shape
+    (128, 128)
+    """
+    layer = _layer_table(config)
+    matrix = WeightSpec((config.vocab_size, config.hidden_dim), std=INIT_STD, decay=True)
+    return LMParams(
+        embed_tokens=Embedding(matrix),  # type: ignore[arg-type]
+        layers=(layer,) * config.num_layers,
+        norm=_norm(config),
+        lm_head=() if config.tie_embeddings else Linear(matrix),  # type: ignore[arg-type]
+    )
+
+
+def _layer_table(config: ModelConfig) -> Layer:
+    width, ffn = config.hidden_dim, config.ffn_width
+    heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    # Every block adds two outputs to the stream: this keeps its variance at init independent of depth.
+    output_std = INIT_STD / math.sqrt(2 * config.num_layers)
+    return Layer(
+        attn_mhc=_mhc(config),
+        input_layernorm=_norm(config),
+        self_attn=SelfAttention(
+            q_proj=_linear(heads, width),
+            k_proj=_linear(kv_heads, width),
+            v_proj=_linear(kv_heads, width),
+            o_proj=_linear(width, heads, output_std),
+        ),
+        mlp_mhc=_mhc(config),
+        post_attention_layernorm=_norm(config),
+        mlp=MLP(
+            gate_proj=_linear(ffn, width),
+            up_proj=_linear(ffn, width),
+            down_proj=_linear(width, ffn, output_std),
+        ),
+    )
+
+
+def _linear(out: int, into: int, std: float = INIT_STD) -> Linear:
+    return Linear(WeightSpec((out, into), std=std, decay=True))  # type: ignore[arg-type]
+
+
+def _norm(config: ModelConfig) -> RMSNorm:
+    return RMSNorm(WeightSpec((config.hidden_dim,), mean=1.0))  # type: ignore[arg-type]
+
+
+def _mhc(config: ModelConfig) -> MHCParams | tuple[()]:
+    if not config.mhc_enabled:
+        return ()
+    n = config.mhc_flows
+    size = 2 * n + n * n
+    # Sinkhorn of k·identity has diagonal e^k / (e^k + n - 1): solved for k.
+    k = math.log(RES_DIAGONAL_INIT / (1 - RES_DIAGONAL_INIT) * (n - 1)) if n > 1 else 0.0
+    res = tuple(k if i == j else 0.0 for i in range(n) for j in range(n))
+    return MHCParams(
+        phi=WeightSpec((n * config.hidden_dim, size), std=INIT_STD, decay=True, fp32=True),  # type: ignore[arg-type]
+        alpha=WeightSpec((3,), mean=ALPHA_INIT, fp32=True),  # type: ignore[arg-type]
+        bias=WeightSpec((size,), mean=(0.0,) * (2 * n) + res, fp32=True),  # type: ignore[arg-type]
+    )
+
+
+def init(
+    config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LMParams:
+    """The parameter tree with its initial values: `N(0, 0.02²)` matrices, unit norms, `res` close to the identity.
+
+    Output projections have `0.02 / sqrt(2 · num_layers)`; mHC weights are fp32 (fp64 under `dtype=torch.float64`).
+    Values depend on `seed` and each weight's name alone. `device="meta"` gives shapes without memory.
+
+    >>> init(ModelConfig.preset("tiny")).layers[0].attn_mhc.alpha
+    tensor([0.0100, 0.0100, 0.0100])
+    """
+    return map_named(lambda name, spec: spec.init(name, seed, device, dtype), weight_table(config))
+
+
+def decay_mask(config: ModelConfig) -> LMParams:
+    """True at each weight that weight decay applies to: matrices, not norms, `alpha` or `bias`."""
+    return tree_map(lambda spec: spec.decay, weight_table(config))
+
+
+def cast(params: LMParams, config: ModelConfig, compute: torch.dtype) -> LMParams:
+    """The tree in a compute dtype; mHC weights stay in fp32 or wider."""
+    return map_named(lambda _, spec, w: w.to(spec.dtype(compute)), weight_table(config), params)
+
+
+def count(config: ModelConfig) -> int:
+    """The exact number of parameters.
+
+    >>> count(ModelConfig.preset("tiny"))
+    1951684
+    """
+    return sum(math.prod(spec.shape) for spec in tree_leaves(weight_table(config)))
+
+
+def names(config: ModelConfig) -> list[str]:
+    """Dotted names of all weights: tree path, safetensors key and module attribute alike.
+
+    >>> names(ModelConfig.preset("tiny"))[:2]
+    ['embed_tokens.weight', 'layers.0.attn_mhc.phi']
+    """
+    return list(named_leaves(weight_table(config)))

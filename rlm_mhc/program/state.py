@@ -1,0 +1,43 @@
+"""Everything that changes from update to update, as one tree."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig, TrainConfig
+from rlm_mhc.fn.optim import AdamWState, adamw_init
+from rlm_mhc.params import LMParams, init
+
+
+class TrainState(NamedTuple):
+    """`params` in fp32, the optimizer's moments, and `step`: the number of updates done, a 0-d int64 tensor."""
+
+    params: LMParams
+    optimizer: AdamWState
+    step: Tensor
+
+
+def init_train_state(
+    config: ModelConfig, train_config: TrainConfig, *, seed: int = 0, device: torch.device | str | None = None
+) -> TrainState:
+    """Fresh parameters, zero moments, step 0.
+
+    Args:
+        config: the model.
+        train_config: its training.
+        seed: of the initial weights.
+        device: None is the CUDA device where there is one, else the CPU.
+
+    >>> state = init_train_state(ModelConfig.preset("tiny"), TrainConfig(), device="cpu")
+    >>> state.step
+    tensor(0)
+    """
+    device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    params = init(config, seed=seed, device=device)
+    return resume_train_state(params, adamw_init(params), 0)
+
+
+def resume_train_state(params: LMParams, optimizer: Any, step: int) -> TrainState:
+    """The state after `step` updates, from its parts."""
+    return TrainState(params, optimizer, torch.tensor(step, device=params.norm.weight.device))
