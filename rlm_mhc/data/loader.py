@@ -1,0 +1,62 @@
+"""Batches in an order that is a function of `(seed, epoch)`: the loader's whole position is three integers."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rlm_mhc.data.packing import Windows
+from rlm_mhc.fn import Batch
+
+
+class Position(NamedTuple):
+    """Where the loader is: the next sequence is number `index` of the permutation of `(seed, epoch)`."""
+
+    seed: int
+    epoch: int = 0
+    index: int = 0
+
+
+def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = True) -> tuple[Batch, Position]:
+    """`size` sequences from a position on, and the position after them; a batch may straddle epochs.
+
+    Within an epoch every window is drawn once.
+
+    Raises:
+        ValueError: when there is no window.
+
+    >>> from rlm_mhc.data.packing import windows
+    >>> batch, position = next_batch(windows(np.arange(41), 4), Position(seed=0, index=8), 4)
+    >>> batch.tokens.shape, position
+    (torch.Size([4, 4]), Position(seed=0, epoch=1, index=2))
+    """
+    if data.count < 1:
+        raise ValueError("the data holds fewer than two tokens, so there is nothing to predict")
+    rows = []
+    seed, epoch, index = position
+    for _ in range(size):
+        rows.append(int(_order(seed, epoch, data.count)[index]) if shuffle else index)
+        index += 1
+        if index == data.count:
+            epoch, index = epoch + 1, 0
+    return _batch(data, rows), Position(seed, epoch, index)
+
+
+def eval_batches(data: Windows, size: int, limit: int) -> Iterator[Batch]:
+    """The same at most `limit` batches every time, spread evenly over the data."""
+    chosen = np.unique(np.linspace(0, data.count - 1, min(data.count, size * limit)).round().astype(int))
+    for start in range(0, len(chosen), size):
+        yield _batch(data, chosen[start : start + size].tolist())
+
+
+def _batch(data: Windows, rows: list[int]) -> Batch:
+    pairs = [data.inputs_and_targets(row) for row in rows]
+    tokens, targets = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
+    return Batch(tokens, targets)
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(count)

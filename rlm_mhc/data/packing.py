@@ -1,0 +1,58 @@
+"""A stream of tokens as windows of `max_length + 1`, losing and repeating none."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rlm_mhc.types import IGNORED_TARGET
+
+HELD_OUT_SHARE = 0.01
+
+
+class Windows(NamedTuple):
+    """Overlapping windows on a token stream: window i is `tokens[i·length : (i+1)·length + 1]`.
+
+    Neighbours share one token, the last target of the one and the first input of the other. So every token but the
+    first is a target exactly once, and every token but the last an input exactly once. The last window is padded
+    with targets that do not count.
+    """
+
+    tokens: np.ndarray
+    length: int
+    first: int
+    count: int
+
+    def inputs_and_targets(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Window `index` as int64 inputs and targets of `length`; the padding is token 0 with target -100.
+
+        >>> Windows(np.arange(6), 4, 0, 2).inputs_and_targets(1)
+        (array([4, 0, 0, 0]), array([   5, -100, -100, -100]))
+        """
+        start = (self.first + index) * self.length
+        window = np.asarray(self.tokens[start : start + self.length + 1], dtype=np.int64)
+        size = len(window) - 1
+        inputs = np.zeros(self.length, np.int64)
+        targets = np.full(self.length, IGNORED_TARGET, np.int64)
+        inputs[:size], targets[:size] = window[:-1], window[1:]
+        return inputs, targets
+
+
+def windows(tokens: np.ndarray, length: int) -> Windows:
+    """All windows of a stream; a stream of fewer than two tokens has none.
+
+    >>> windows(np.arange(9), 4).count
+    2
+    """
+    return Windows(tokens, length, 0, max(0, -(-(len(tokens) - 1) // length)))
+
+
+def hold_out(whole: Windows) -> tuple[Windows, Windows]:
+    """Split off the last hundredth of the windows, at least one, for evaluation; with one window, nothing.
+
+    >>> train, held_out = hold_out(windows(np.arange(41), 4))
+    >>> train.count, held_out.first
+    (9, 9)
+    """
+    size = max(1, round(whole.count * HELD_OUT_SHARE)) if whole.count > 1 else 0
+    split = whole.count - size
+    return whole._replace(count=split), whole._replace(first=whole.first + split, count=size)

@@ -1,0 +1,125 @@
+"""Tokenizer and token files of a run, made once and reused while data and tokenizer are unchanged."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from rlm_mhc.data.packing import Windows, hold_out, windows
+from rlm_mhc.data.sources import Source
+from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
+from rlm_mhc.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+
+HELD_OUT_EVERY = 100
+META_FILE = "meta.json"
+FORMAT = 1
+
+
+class Prepared(NamedTuple):
+    """Windows to train on and to evaluate on (possibly none), and the tokenizer they were made with."""
+
+    train: Windows
+    evaluation: Windows
+    tokenizer: Any
+
+
+def prepare(
+    folder: Path,
+    source: Source,
+    eval_source: Source | None,
+    *,
+    tokenizer: str,
+    vocab_size: int,
+    max_length: int,
+    say: Callable[[str], object] = print,
+) -> Prepared:
+    """Tokenize the sources into `folder`, or reuse what lies there from the same data and tokenizer.
+
+    Args:
+        folder: for `train.bin`, `eval.bin`, `meta.json` and, for `auto`, the tokenizer.
+        source: documents to train on.
+        eval_source: documents for evaluation; None holds out every hundredth of `source`, or where that is
+            nothing the last hundredth of its windows.
+        tokenizer: `auto`, or a path or name for `AutoTokenizer`.
+        vocab_size: of the model.
+        max_length: tokens per training sequence.
+        say: receives one line per thing done.
+
+    Raises:
+        FileNotFoundError: on a missing tokenizer.
+        ValueError: on bad data, naming file and line, or when there is no text at all.
+    """
+    made = _tokenizer(folder, source, tokenizer, vocab_size, say)
+    sources = [source.fingerprint, eval_source.fingerprint if eval_source else "held-out"]
+    key = [FORMAT, *sources, tokenizer_fingerprint(made)]
+    dtype = token_dtype(len(made))
+    meta = _read_meta(folder)
+    if meta.get("key") != key:
+        meta = _write_tokens(folder, source, eval_source, made, dtype) | {"key": key}
+        _write_atomically(folder / META_FILE, json.dumps(meta, indent=2).encode())
+        say(f"tokens       {meta['train']:,} to train on, {meta['eval']:,} held out, from {meta['documents']:,} documents")
+    else:
+        say(f"tokens       {meta['train']:,} to train on, {meta['eval']:,} held out, reused from {folder}")
+    train, evaluation = (windows(read_tokens(folder / f"{part}.bin", dtype), max_length) for part in ("train", "eval"))
+    if train.count < 1:
+        raise ValueError(f"{source.name}: it holds no text to train on")
+    if evaluation.count < 1:
+        train, evaluation = hold_out(train)
+    return Prepared(train, evaluation, made)
+
+
+def _tokenizer(folder: Path, source: Source, name: str, vocab_size: int, say: Callable[[str], object]) -> Any:
+    if name != "auto":
+        return load_tokenizer(name, vocab_size)
+    home, key_file = folder / "tokenizer", folder / "tokenizer" / "trained_on.json"
+    key = json.dumps([FORMAT, source.fingerprint, vocab_size])
+    if key_file.is_file() and key_file.read_text(encoding="utf-8") == key:
+        return load_tokenizer(str(home), vocab_size)
+    say(f"tokenizer    training a byte-level BPE of {vocab_size:,} entries on the data …")
+    trained = train_tokenizer(source, vocab_size)
+    shutil.rmtree(home, ignore_errors=True)
+    trained.save_pretrained(home)
+    _write_atomically(key_file, key.encode())
+    return trained
+
+
+def _write_tokens(
+    folder: Path, source: Source, eval_source: Source | None, tokenizer: Any, dtype: np.dtype
+) -> dict[str, int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / META_FILE).unlink(missing_ok=True)
+    counts = {"documents": 0, "train": 0, "eval": 0}
+    with (folder / "train.bin").open("wb") as train, (folder / "eval.bin").open("wb") as evaluation:
+        for index, ids in enumerate(_encoded(source, tokenizer, dtype, "tokenizing")):
+            held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            part, file = ("eval", evaluation) if held_out else ("train", train)
+            counts[part] += write_tokens(file, [ids])
+            counts["documents"] += 1
+        if eval_source is not None:
+            counts["eval"] = write_tokens(evaluation, _encoded(eval_source, tokenizer, dtype, "tokenizing eval"))
+    return counts
+
+
+def _encoded(source: Source, tokenizer: Any, dtype: np.dtype, what: str) -> Iterator[np.ndarray]:
+    with tqdm(desc=what, unit=" tokens", unit_scale=True) as bar:
+        for ids in encode_documents(source.read(), tokenizer, dtype):
+            bar.update(len(ids))
+            yield ids
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_atomically(file: Path, content: bytes) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)

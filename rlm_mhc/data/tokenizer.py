@@ -1,0 +1,86 @@
+"""The tokenizer: any that transformers loads, or a byte-level BPE trained on the data."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlm_mhc.data.sources import Source
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_ENTRIES = 257
+TRAINING_CHARACTERS = 64_000_000
+
+
+def train_tokenizer(source: Source, vocab_size: int) -> Any:
+    """A byte-level BPE of at most `vocab_size` entries, trained on the first 64 million characters of the source.
+
+    Every string is encodable and comes back unchanged. Entry 0 is the end-of-text token.
+
+    Raises:
+        ValueError: when `vocab_size` leaves no room for the 256 bytes and end of text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < BYTE_ENTRIES:
+        raise ValueError(f"model.vocab_size={vocab_size}: data.tokenizer=auto needs at least {BYTE_ENTRIES} entries")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_head(source.read(), TRAINING_CHARACTERS), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, model_max_length=int(1e30)
+    )
+
+
+def load_tokenizer(name: str, vocab_size: int) -> Any:
+    """`AutoTokenizer.from_pretrained(name)`, checked to fit the model.
+
+    Raises:
+        FileNotFoundError: when there is no tokenizer by that path or name.
+        ValueError: when it has no end-of-text token, or more entries than the model.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(name).is_dir() and not any(Path(name).glob("*token*")) and not any(Path(name).glob("vocab*")):
+        raise FileNotFoundError(f"data.tokenizer={name}: the folder holds no tokenizer files")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # transformers raises many kinds here, among them plain Exceptions of the Rust library for damaged files.
+        reason = str(error).strip().split("\n")[0][:200]
+        raise FileNotFoundError(
+            f"data.tokenizer={name}: cannot be loaded ({type(error).__name__}: {reason}); "
+            "give a folder with a tokenizer, a name on the hub, or auto"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"data.tokenizer={name}: it has no end-of-text token (eos_token) to separate documents with")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"data.tokenizer={name}: it has {len(tokenizer)} entries, more than model.vocab_size={vocab_size}; "
+            f"set model.vocab_size={len(tokenizer)}"
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of everything that decides how text is encoded."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{tokenizer.eos_token_id}:{content}".encode()).hexdigest()[:16]
+
+
+def _head(texts: Iterator[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text

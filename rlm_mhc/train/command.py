@@ -1,0 +1,116 @@
+"""A recipe's command line: Hydra in front, one readable line of error behind."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlm_mhc.train.device import MEMORY_ADVICE
+from rlm_mhc.validation import build, nearest
+
+T = TypeVar("T")
+QUIET = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+]
+
+
+def command(config_type: type[T], script: str, main: Callable[[T], int | None]) -> None:
+    """Run `main(config)` with the config that Hydra composes for a recipe, and exit.
+
+    Args:
+        config_type: the validated dataclass that `main` receives.
+        script: the recipe's `__file__`; its config is `configs/<name>.yaml` beside it.
+        main: the recipe; what it returns is the exit code.
+
+    A mistake of the user's ends with exit code 2 and `error: …` as the last line of stderr; `debug=true` adds the
+    traceback. Whatever else goes wrong keeps its traceback.
+    """
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors its own way and exits
+    folder, name = Path(script).resolve().parent / "configs", Path(script).stem
+    arguments = sys.argv[1:]
+    debug = "debug=true" in [a.lower() for a in arguments]
+    flags = [a for a in arguments if a.startswith("-")]
+    sys.argv[1:] = flags + QUIET + [a for a in arguments if not a.startswith("-")] if not flags else arguments + QUIET
+
+    @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
+    def run(config: DictConfig) -> None:
+        values = OmegaConf.to_container(config, resolve=True)
+        sys.exit(main(build(config_type, values)) or 0)
+
+    try:
+        run()
+    except KeyboardInterrupt:
+        fail("interrupted", 130, debug)
+    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        fail(_explain(error, folder, name, arguments), 2, debug)
+    except (ValueError, OSError) as error:
+        fail(_one_line(error), 2, debug)
+    except MemoryError as error:
+        fail(f"out of memory ({error}); {MEMORY_ADVICE}", 3, debug)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        fail(f"out of memory ({_one_line(error)[:200]}); {MEMORY_ADVICE}", 3, debug)
+
+
+def fail(message: str, code: int, debug: bool = False) -> None:
+    """Say what went wrong in the last line of stderr, and exit."""
+    if debug:
+        traceback.print_exc()
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
+
+
+def _explain(error: Exception, folder: Path, name: str, arguments: Iterable[str]) -> str:
+    """Hydra's and OmegaConf's errors in one line, with the nearest valid key or choice."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1], folder, name)
+    if found := re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.*)", text):
+        group, choice, options = found[2], found[1].rsplit("/", 1)[-1], found[3].split()
+        return f"{group}={choice}: expected one of {', '.join(options)}{nearest(choice, options)}"
+    if found := re.search(r"Could not override '?([\w./]+)'?.* No match in the defaults list", text):
+        return _unknown_key(found[1], folder, name)
+    if "mismatched input" in text or "token recognition error" in text or "extraneous input" in text:
+        wrong = next((a for a in arguments if a in text), None)
+        return f"cannot read the argument {wrong or text!r}; write key=value, with quotes around unusual values"
+    return text
+
+
+def _unknown_key(key: str, folder: Path, name: str) -> str:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        known = list(_leaf_keys(compose(name)))
+    return f"unknown key '{key}'{nearest(key, known)}; recipes/configs/{name}.yaml lists them all"
+
+
+def _leaf_keys(config: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in config.items():
+        yield prefix + key
+        if hasattr(value, "items"):
+            yield from _leaf_keys(value, f"{prefix}{key}.")

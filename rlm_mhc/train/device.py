@@ -1,0 +1,101 @@
+"""The device of a run, and what it has: memory, and the rate of its matrix products."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+MEMORY_ADVICE = "use a smaller model, a smaller training.batch_size, a shorter data.max_length, or more devices"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+DENSE_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, or for `auto` the CUDA device where there is one.
+
+    Raises:
+        ValueError: when a CUDA device is asked for and there is none, or inside a job of several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "WORLD_SIZE is above 1, but training on several processes is not in this version yet; "
+            "start one process with python"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: this machine has no CUDA device that PyTorch can use; use device=cpu or auto")
+    return torch.device(name)
+
+
+def check_compiler(device: torch.device, wanted: bool) -> None:
+    """Refuse `training.compile=true` on a CPU without a C++ compiler, before anything is spent.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if not wanted or device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ValueError(
+            "training.compile=true needs a C++ compiler on the CPU (g++ or clang++) and none was found; "
+            "install one or use training.compile=false"
+        ) from None
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a run may use: what is free on a CUDA device, all of the machine's (or container's) on a CPU.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a `1024³` matrix product, the best of several runs, measured now."""
+    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        c = a @ b
+        if device.type == "cuda":
+            c[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """What `mfu` is counted against: the maker's dense bf16 figure where known, else the measured product rate."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        for name, rate in DENSE_BF16_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return rate, f"{rate / 1e12:.0f} TFLOP/s by the maker"
+    rate = product_rate(device, dtype)
+    return rate, f"{rate / 1e9:,.0f} GFLOP/s measured now on a matrix product"

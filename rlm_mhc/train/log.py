@@ -1,0 +1,89 @@
+"""Where metrics go: `metrics.jsonl`, and wandb where a project is named."""
+
+import json
+import netrc
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlm_mhc.config import WandbConfig
+
+WANDB_HOST = "api.wandb.ai"
+
+
+class MetricsLog:
+    """Appends one JSON object per line to a file and keeps them all; going on at `step` drops what came after it.
+
+    Each line is flushed, so that a killed run keeps what it logged.
+    """
+
+    def __init__(self, file: Path, step: int = 0) -> None:
+        self.records = [r for r in _read(file) if r["step"] <= step] if step else []
+        text = "".join(json.dumps(r) + "\n" for r in self.records)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+        self._file = file.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record."""
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def start_wandb(config: WandbConfig, folder: Path, run: dict[str, Any]) -> Any:
+    """A wandb run, or None where no project is named.
+
+    Never prompts: the mode is `WANDB_MODE` where set, else online with a login and offline without one. A login
+    that does not answer within 20 seconds falls back to offline.
+
+    Raises:
+        ValueError: when a project is named and wandb is not installed.
+    """
+    if config.project is None:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"training.wandb.project={config.project}: wandb is not installed; pip install wandb, or leave it out"
+        ) from None
+    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    for attempt in (mode, "offline"):
+        try:
+            return wandb.init(
+                project=config.project,
+                entity=config.entity,
+                dir=folder,
+                config=run,
+                mode=attempt,  # type: ignore[arg-type]
+                settings=wandb.Settings(console="off", init_timeout=20, silent=True),
+            )
+        except wandb.errors.Error as error:
+            print(f"wandb        {str(error).splitlines()[0]}; logging offline", flush=True)
+    return None
+
+
+def _read(file: Path) -> Iterable[dict[str, Any]]:
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return  # the last line of a killed run may be half written
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(WANDB_HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,68 @@
+"""A run's folder: refused when it holds another run, unless told to go on or to start over."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlm_mhc.checkpoint import checkpoints
+from rlm_mhc.train.run_config import RunConfig
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+CHECKPOINTS = "checkpoints"
+
+
+def open_output(run: RunConfig) -> Path | None:
+    """Check that the run may use `output_dir`, and make it; returns the checkpoint to go on from, if any.
+
+    Raises:
+        ValueError: when the folder already holds a run, or is no folder.
+        FileNotFoundError: when `resume_from_checkpoint` names none.
+    """
+    folder = Path(run.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={folder}: a file is in its place; choose another folder")
+    start = _named_checkpoint(run.resume_from_checkpoint) if run.resume_from_checkpoint else None
+    used = (folder / METRICS_FILE).exists() or (folder / CHECKPOINTS).exists()
+    if used and run.resume != "auto" and not run.overwrite and not _inside(start, folder):
+        raise ValueError(
+            f"output_dir={folder}: already holds a run; choose another folder, "
+            "go on with resume=auto, or start over with overwrite=true"
+        )
+    if run.resume == "auto":
+        start = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    return start
+
+
+def begin_output(run: RunConfig, *, resumed: bool) -> Path:
+    """Write `config.yaml`; a run that starts over first removes its predecessor's files, but not its tokens."""
+    folder = Path(run.output_dir)
+    if run.overwrite and not resumed:
+        for name in (METRICS_FILE, CURVES_FILE):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    write_config(run, folder / CONFIG_FILE)
+    return folder
+
+
+def write_config(run: RunConfig, file: Path) -> None:
+    """The whole config as resolved, as YAML that can be read back."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+
+
+def _named_checkpoint(name: str) -> Path:
+    path = Path(name)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={name}: no such folder")
+    return path
+
+
+def _inside(start: Path | None, folder: Path) -> bool:
+    return start is not None and folder.resolve() in start.resolve().parents

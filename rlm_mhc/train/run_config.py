@@ -1,0 +1,82 @@
+"""Everything a run is told on the command line, validated."""
+
+import dataclasses
+from pathlib import Path
+
+from rlm_mhc.config import ModelConfig, TrainConfig
+from rlm_mhc.data import Source, builtin_source, jsonl_source
+from rlm_mhc.validation import at_least, check, one_of, section
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on: JSON lines at `train_path`, or without one the built-in corpus.
+
+    `max_length` is the tokens per sequence; `cache_dir` keeps tokenizer and token files (None: beside the run).
+    """
+
+    train_path: str | None = None
+    eval_path: str | None = None
+    max_length: int = at_least(1, 2048)
+    tokenizer: str = "auto"
+    text_field: str = "text"
+    shuffle: bool = True
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def sources(self) -> tuple[Source, Source | None]:
+        """Documents to train on, and to evaluate on where a path names them."""
+        train = jsonl_source(self.train_path, self.text_field) if self.train_path else builtin_source()
+        if not self.eval_path:
+            return train, None
+        return train, jsonl_source(self.eval_path, self.text_field, key="data.eval_path")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks share the work; one process needs none."""
+
+    strategy: str = one_of("ddp", later=("zero1", "zero3"))
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: model, training, data and where it goes.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+
+    model: ModelConfig = section(ModelConfig)
+    training: TrainConfig = section(TrainConfig)
+    data: DataConfig = section(DataConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    device: str = one_of("auto", "cpu", "cuda")
+    seed: int = at_least(0, 42)
+    output_dir: str = "outputs/pretrain_1b"
+    resume: str = one_of("never", "auto")
+    resume_from_checkpoint: str | None = None
+    overwrite: bool = False
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.data.max_length > self.model.max_seq_len:
+            raise ValueError(
+                f"data.max_length={self.data.max_length}: longer than the model allows "
+                f"(model.max_seq_len={self.model.max_seq_len}); shorten the one or raise the other"
+            )
+        if self.overwrite and self.resume == "auto":
+            raise ValueError("overwrite=true and resume=auto exclude each other: start over, or go on?")
+        if self.resume_from_checkpoint and self.resume == "auto":
+            raise ValueError("resume_from_checkpoint and resume=auto exclude each other: give one of them")
+
+    @property
+    def token_folder(self) -> Path:
+        """Where tokenizer and token files lie."""
+        return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.output_dir) / "tokens"
