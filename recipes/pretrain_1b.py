@@ -15,6 +15,7 @@ from rlm_mhc.train.text import sample_text
 
 
 def main(run: RunConfig) -> None:
+    """One run, from the first line of the plan to the last checkpoint."""
     device = pick_device(run.device)
     check_compiler(device, run.training.compile)
     source, eval_source = run.data.sources()
@@ -33,7 +34,7 @@ def main(run: RunConfig) -> None:
         vocab_size=run.model.vocab_size,
         max_length=run.data.max_length,
     )
-    if data.evaluation.count == 0:
+    if data.evaluation.total == 0:
         print("eval         nothing could be held out of so little text; no eval/loss", flush=True)
 
     position = Position(run.seed)

@@ -46,9 +46,7 @@ def save_pretrained(path: str | os.PathLike, params: LMParams, config: ModelConf
     _replace(folder / WEIGHTS_FILE, lambda temporary: save_file(named, temporary, metadata={"format": "pt"}))
 
 
-def load_pretrained(
-    path: str | os.PathLike, *, device: torch.device | str = "cpu"
-) -> tuple[LMParams, ModelConfig]:
+def load_pretrained(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> tuple[LMParams, ModelConfig]:
     """Read what `save_pretrained` wrote: `(params, config)`, bit-equal, in the dtypes of the file.
 
     Raises:

@@ -12,11 +12,11 @@ from rlm_mhc.fn import Batch
 
 
 class Position(NamedTuple):
-    """Where the loader is: the next sequence is number `index` of the permutation of `(seed, epoch)`."""
+    """Where the loader is: the next sequence is number `offset` of the permutation of `(seed, epoch)`."""
 
     seed: int
     epoch: int = 0
-    index: int = 0
+    offset: int = 0
 
 
 def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = True) -> tuple[Batch, Position]:
@@ -28,25 +28,25 @@ def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = 
         ValueError: when there is no window.
 
     >>> from rlm_mhc.data.packing import windows
-    >>> batch, position = next_batch(windows(np.arange(41), 4), Position(seed=0, index=8), 4)
+    >>> batch, position = next_batch(windows(np.arange(41), 4), Position(seed=0, offset=8), 4)
     >>> batch.tokens.shape, position
-    (torch.Size([4, 4]), Position(seed=0, epoch=1, index=2))
+    (torch.Size([4, 4]), Position(seed=0, epoch=1, offset=2))
     """
-    if data.count < 1:
+    if data.total < 1:
         raise ValueError("the data holds fewer than two tokens, so there is nothing to predict")
     rows = []
-    seed, epoch, index = position
+    seed, epoch, offset = position
     for _ in range(size):
-        rows.append(int(_order(seed, epoch, data.count)[index]) if shuffle else index)
-        index += 1
-        if index == data.count:
-            epoch, index = epoch + 1, 0
-    return _batch(data, rows), Position(seed, epoch, index)
+        rows.append(int(_order(seed, epoch, data.total)[offset]) if shuffle else offset)
+        offset += 1
+        if offset == data.total:
+            epoch, offset = epoch + 1, 0
+    return _batch(data, rows), Position(seed, epoch, offset)
 
 
 def eval_batches(data: Windows, size: int, limit: int) -> Iterator[Batch]:
     """The same at most `limit` batches every time, spread evenly over the data."""
-    chosen = np.unique(np.linspace(0, data.count - 1, min(data.count, size * limit)).round().astype(int))
+    chosen = np.unique(np.linspace(0, data.total - 1, min(data.total, size * limit)).round().astype(int))
     for start in range(0, len(chosen), size):
         yield _batch(data, chosen[start : start + size].tolist())
 

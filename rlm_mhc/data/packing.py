@@ -20,7 +20,7 @@ class Windows(NamedTuple):
     tokens: np.ndarray
     length: int
     first: int
-    count: int
+    total: int
 
     def inputs_and_targets(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Window `index` as int64 inputs and targets of `length`; the padding is token 0 with target -100.
@@ -40,7 +40,7 @@ class Windows(NamedTuple):
 def windows(tokens: np.ndarray, length: int) -> Windows:
     """All windows of a stream; a stream of fewer than two tokens has none.
 
-    >>> windows(np.arange(9), 4).count
+    >>> windows(np.arange(9), 4).total
     2
     """
     return Windows(tokens, length, 0, max(0, -(-(len(tokens) - 1) // length)))
@@ -50,9 +50,9 @@ def hold_out(whole: Windows) -> tuple[Windows, Windows]:
     """Split off the last hundredth of the windows, at least one, for evaluation; with one window, nothing.
 
     >>> train, held_out = hold_out(windows(np.arange(41), 4))
-    >>> train.count, held_out.first
+    >>> train.total, held_out.first
     (9, 9)
     """
-    size = max(1, round(whole.count * HELD_OUT_SHARE)) if whole.count > 1 else 0
-    split = whole.count - size
-    return whole._replace(count=split), whole._replace(first=whole.first + split, count=size)
+    size = max(1, round(whole.total * HELD_OUT_SHARE)) if whole.total > 1 else 0
+    split = whole.total - size
+    return whole._replace(total=split), whole._replace(first=whole.first + split, total=size)

@@ -62,13 +62,14 @@ def prepare(
     if meta.get("key") != key:
         meta = _write_tokens(folder, source, eval_source, made, dtype) | {"key": key}
         _write_atomically(folder / META_FILE, json.dumps(meta, indent=2).encode())
-        say(f"tokens       {meta['train']:,} to train on, {meta['eval']:,} held out, from {meta['documents']:,} documents")
+        origin = f"from {meta['documents']:,} documents"
     else:
-        say(f"tokens       {meta['train']:,} to train on, {meta['eval']:,} held out, reused from {folder}")
+        origin = f"reused from {folder}"
+    say(f"tokens       {meta['train']:,} to train on, {meta['eval']:,} held out, {origin}")
     train, evaluation = (windows(read_tokens(folder / f"{part}.bin", dtype), max_length) for part in ("train", "eval"))
-    if train.count < 1:
+    if train.total < 1:
         raise ValueError(f"{source.name}: it holds no text to train on")
-    if evaluation.count < 1:
+    if evaluation.total < 1:
         train, evaluation = hold_out(train)
     return Prepared(train, evaluation, made)
 

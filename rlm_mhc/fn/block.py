@@ -1,8 +1,10 @@
 """One transformer block: attention and MLP, each inside a hyper-connection or a plain residual."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
@@ -36,19 +38,22 @@ def block(
     >>> fn.block(fn.init(config).layers[0], streams, *fn.rotary_table(torch.arange(7), 32), config).hidden.shape
     torch.Size([1, 7, 4, 128])
     """
-
-    def attention(u: Tensor) -> Tensor:
-        normed = kernels.rms_norm(u, params.input_layernorm.weight, config.norm_eps)
-        return self_attention(params.self_attn, normed, cos, sin, kernels.attention)
-
-    def mlp(u: Tensor) -> Tensor:
-        return kernels.swiglu(
-            params.mlp, kernels.rms_norm(u, params.post_attention_layernorm.weight, config.norm_eps)
-        )
-
+    attention = partial(_attention, params, cos, sin, config.norm_eps, kernels)
+    mlp = partial(_mlp, params, config.norm_eps, kernels)
     hidden, attn_res = hyper_connection(params.attn_mhc, hidden, attention, config, kernels)
     hidden, mlp_res = hyper_connection(params.mlp_mhc, hidden, mlp, config, kernels)
     return BlockOutput(hidden, attn_res + mlp_res)
+
+
+def _attention(
+    params: Layer, cos: RotaryTable, sin: RotaryTable, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
+) -> Float[Tensor, "*b s c"]:
+    normed = kernels.rms_norm(u, params.input_layernorm.weight, eps)
+    return self_attention(params.self_attn, normed, cos, sin, kernels.attention)
+
+
+def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]) -> Float[Tensor, "*b s c"]:
+    return kernels.swiglu(params.mlp, kernels.rms_norm(u, params.post_attention_layernorm.weight, eps))
 
 
 def hyper_connection(
@@ -60,8 +65,9 @@ def hyper_connection(
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """A sub-layer inside its hyper-connection, and the `res` it used; for `params=()` the residual `x + branch(x)`.
 
-    >>> hyper_connection((), 2.0, lambda x: 10 * x, ModelConfig())
-    (22.0, ())
+    >>> import torch
+    >>> hyper_connection((), torch.tensor([2.0]), lambda x: 10 * x, ModelConfig())
+    (tensor([22.]), ())
     """
     if not isinstance(params, MHCParams):
         return hidden + branch(hidden), ()

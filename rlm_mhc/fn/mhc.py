@@ -54,7 +54,7 @@ def mhc_mappings(params: MHCParams, streams: Streams, *, num_iters: int = 20, ep
     n, c = streams.shape[-2:]
     if params.phi.shape != (n * c, 2 * n + n * n):
         raise ValueError(
-            f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need {(n * c, 2 * n + n * n)} = [n·c, 2n+n²]"
+            f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need [n·c, 2n+n²] = {(n * c, 2 * n + n * n)}"
         )
     raw = _project(streams.flatten(-2), params.phi, eps)
     pre, post, res = _scale_and_shift(raw, params.alpha, params.bias)
@@ -70,9 +70,7 @@ def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: floa
     return scale * (wide @ phi.to(wide.dtype))
 
 
-def _scale_and_shift(
-    raw: Float[Tensor, "*b m"], alpha: Float[Tensor, " 3"], bias: Float[Tensor, " m"]
-) -> list[Tensor]:
+def _scale_and_shift(raw: Float[Tensor, "*b m"], alpha: Float[Tensor, " 3"], bias: Float[Tensor, " m"]) -> list[Tensor]:
     n = math.isqrt(1 + raw.shape[-1]) - 1
     sizes = [n, n, n * n]
     parts = zip(alpha.unbind(), raw.split(sizes, -1), bias.split(sizes), strict=True)

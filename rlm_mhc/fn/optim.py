@@ -69,16 +69,21 @@ def adamw(
     if not donate:
         params, state = tree_map(torch.clone, params), tree_map(torch.clone, state)
     leaves, spec = tree_flatten(params)
-    columns = [leaves, *map(spec.flatten_up_to, (grads, state.exp_avg, state.exp_avg_sq))]
-    flags = spec.flatten_up_to(decay)
-    for flag, rate in ((True, weight_decay), (False, 0.0)):
-        chosen = [[leaf for leaf, f in zip(column, flags, strict=True) if f is flag] for column in columns]
-        # torch counts updates once per leaf, in place: each gets its own counter.
-        steps = [state.step.clone() for _ in chosen[0]]
+    others = map(spec.flatten_up_to, (grads, state.exp_avg, state.exp_avg_sq, decay))
+    rows = list(zip(leaves, *others, strict=True))
+    for decayed, rate in ((True, weight_decay), (False, 0.0)):
+        chosen = [row[:4] for row in rows if row[4] is decayed]
+        if not chosen:
+            continue
+        values, gradients, exp_avgs, exp_avg_sqs = map(list, zip(*chosen, strict=True))
         torch_adamw(
-            *chosen,
-            [],
-            steps,
+            values,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs=[],
+            # torch counts updates once per leaf, in place: each gets its own counter.
+            state_steps=[state.step.clone() for _ in values],
             fused=True,
             amsgrad=False,
             beta1=betas[0],

@@ -8,7 +8,9 @@ from rlm_mhc.fn.norm import widen
 from rlm_mhc.types import RotaryTable
 
 
-def rotary_table(positions: Int[Tensor, " s"], head_dim: int, theta: float = 10000.0) -> tuple[RotaryTable, RotaryTable]:
+def rotary_table(
+    positions: Int[Tensor, " s"], head_dim: int, theta: float = 10000.0
+) -> tuple[RotaryTable, RotaryTable]:
     """`(cos, sin)` of `position · theta^(-2i/d)`, each `[s, d/2]`, fp32.
 
     Raises:

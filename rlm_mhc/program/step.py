@@ -123,11 +123,10 @@ def _accumulate(
 
 
 def _reduce(grads: LMParams, reduce: Callable[[Tensor], Tensor]) -> LMParams:
-    groups = [grads._replace(layers=()), *grads.layers]
-    pending = [reduce(ravel(group)) for group in groups]
+    pending = [reduce(ravel(group)) for group in (grads._replace(layers=()), *grads.layers)]
     done = [handle.wait() if hasattr(handle, "wait") else handle for handle in pending]
-    top, *layers = [unravel(vector, group) for vector, group in zip(done, groups, strict=True)]
-    return top._replace(layers=tuple(layers))
+    layers = tuple(unravel(vector, layer) for vector, layer in zip(done[1:], grads.layers, strict=True))
+    return unravel(done[0], grads._replace(layers=()))._replace(layers=layers)
 
 
 def _monitors(res: tuple[Tensor, ...], like: Tensor) -> dict[str, Tensor]:

@@ -30,7 +30,13 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") 
             points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
             colour, legend = SERIES.get(key, ("#4393c3", None))
             marker = "o" if key == "eval/loss" or len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), color=colour, label=legend, marker=marker, markersize=4)
+            axes.plot(
+                *zip(*points, strict=True) if points else ((), ()),
+                color=colour,
+                label=legend,
+                marker=marker,
+                markersize=4,
+            )
         axes.set_title(name, color=INK, fontsize=11)
         axes.set_xlabel("step")
         axes.set_ylabel(label)

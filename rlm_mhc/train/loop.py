@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from rlm_mhc import fn
 from rlm_mhc.checkpoint import save_run
-from rlm_mhc.config import TrainConfig
 from rlm_mhc.data import Position, Prepared, eval_batches, next_batch
 from rlm_mhc.params import cast
 from rlm_mhc.program.state import TrainState
@@ -95,7 +94,7 @@ def train(
 
 def evaluate(state: TrainState, run: RunConfig, data: Prepared) -> float | None:
     """Mean loss in nats over the held-out batches, the same ones every time; None where nothing is held out."""
-    if data.evaluation.count < 1:
+    if data.evaluation.total < 1:
         return None
     training, config = run.training, run.model
     params = cast(state.params, config, COMPUTE_DTYPE[training.mixed_precision])

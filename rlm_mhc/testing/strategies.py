@@ -1,0 +1,43 @@
+"""Hypothesis strategies: configs, logits, documents. Needs the `dev` extra."""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+
+
+@st.composite
+def configs(draw: Any, **fixed: Any) -> ModelConfig:
+    """Small models: mHC on or off, 1 to 5 streams, grouped heads, tied or not."""
+    kv_heads = draw(st.sampled_from([1, 2]))
+    fields = dict(
+        hidden_dim=draw(st.sampled_from([8, 12, 24])),
+        num_layers=draw(st.integers(1, 3)),
+        num_heads=kv_heads * draw(st.sampled_from([1, 2])),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 4, 6])),
+        ffn_dim=draw(st.integers(1, 20)),
+        vocab_size=draw(st.integers(5, 40)),
+        max_seq_len=32,
+        tie_embeddings=draw(st.booleans()),
+        mhc_enabled=draw(st.booleans()),
+        mhc_flows=draw(st.integers(1, 5)),
+        mhc_sinkhorn_iters=draw(st.integers(1, 6)),
+    )
+    return ModelConfig(**(fields | fixed))
+
+
+@st.composite
+def square_logits(draw: Any, scale: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal logits `[*b, n, n]` of a drawn or given scale, n from 1 to 6, any batch shape."""
+    n = draw(st.integers(1, 6))
+    batch = draw(st.sampled_from([(), (1,), (0,), (3,), (2, 3)]))
+    scale = scale if scale is not None else draw(st.sampled_from([0.1, 1.0, 10.0, 1e3, 3e4]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return scale * torch.randn(*batch, n, n, generator=generator, dtype=dtype)
+
+
+documents = st.lists(st.text(max_size=40), min_size=1, max_size=12)

@@ -1,0 +1,21 @@
+import pytest
+import torch
+from jaxtyping import config as jaxtyping_config
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_shape_checks():
+    """The shape hook breaks under torch.compile: tests that compile ask for this."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def inductor_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("inductor")

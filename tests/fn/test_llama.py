@@ -1,0 +1,69 @@
+"""With alpha = 0 the network is the plain pre-norm transformer: against transformers' Llama, which is not our code."""
+
+import pytest
+import torch
+
+from rlm_mhc import fn
+from rlm_mhc.testing import assert_trees_close, random_batch, small_config
+from rlm_mhc.tree import map_named, named_leaves
+
+transformers = pytest.importorskip("transformers")
+
+
+def llama(config, params):
+    """Their model with our weights."""
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=config.hidden_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.ffn_dim,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            max_position_embeddings=config.max_seq_len,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    ).eval()
+    weights = {
+        name if name.startswith("lm_head") else f"model.{name}": leaf
+        for name, leaf in named_leaves(params).items()
+        if "mhc" not in name
+    }
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    return theirs
+
+
+def louder(params):
+    """Weights so large that every part of the network shows in the logits, and that the norms' eps does not.
+
+    The input of a sub-layer is n/2 times the plain one, which its norm hides up to eps.
+    """
+    return map_named(lambda name, w: w * (5 if "proj" in name else 25) if w.dim() == 2 and "mhc" not in name else w, params)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mhc", [True, False])
+def test_logits_equal_llamas(tied, mhc):
+    config = small_config(tie_embeddings=tied, mhc_enabled=mhc, rope_theta=500.0)
+    params = louder(fn.init(config))
+    params = map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, params)
+    tokens = random_batch(config, 3, 17).tokens
+    with torch.no_grad():
+        expected = llama(config, params)(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(fn.forward(params, tokens, config), expected, atol=2e-5, rtol=0)
+
+
+def test_gradients_equal_llamas():
+    config = small_config(mhc_enabled=False, tie_embeddings=False)
+    params, batch = louder(fn.init(config)), random_batch(config, 2, 9)
+    theirs = llama(config, params)
+    torch.nn.functional.cross_entropy(theirs(batch.tokens).logits.flatten(0, 1), batch.targets.flatten()).backward()
+    expected = {name.removeprefix("model."): w.grad for name, w in theirs.named_parameters()}
+    ours = named_leaves(torch.func.grad(fn.loss)(params, batch, config))
+    assert_trees_close({k: ours[k] for k in sorted(ours)}, {k: expected[k] for k in sorted(expected)}, 1e-5)

@@ -1,0 +1,97 @@
+"""The reference functions under torch.func and torch.compile."""
+
+import pytest
+import torch
+from torch.func import grad, grad_and_value, jvp, vmap
+
+from rlm_mhc import fn
+from rlm_mhc.testing import assert_trees_close, random_batch, small_config
+from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
+
+
+def plain_autograd(params, batch, config):
+    leaves = tree_map(lambda w: w.clone().requires_grad_(), params)
+    value = fn.loss(leaves, batch, config)
+    return tree_map(lambda w: w, value.detach()), dict(
+        zip(named_leaves(leaves), torch.autograd.grad(value, tree_leaves(leaves)), strict=True)
+    )
+
+
+def float64(config, seed=0):
+    params = fn.init(config, seed=seed, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return tree_map(lambda w: w + 0.05 * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
+
+
+@pytest.mark.parametrize("mhc", [True, False])
+def test_grad_and_value_equals_plain_autograd(mhc):
+    config = small_config(mhc_enabled=mhc)
+    params, batch = float64(config), random_batch(config, 2, 7, ignored=0.3)
+    grads, value = grad_and_value(fn.loss)(params, batch, config)
+    expected_value, expected = plain_autograd(params, batch, config)
+    assert value == expected_value
+    assert_trees_close(named_leaves(grads), expected, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_of_grad_gives_the_gradient_of_each_example():
+    config = small_config(num_layers=1)
+    params, batch = float64(config), random_batch(config, 3, 5, ignored=0.3)
+    each = vmap(grad(fn.loss), in_dims=(None, 0, None))(params, batch, config)
+    for i in range(3):
+        one = grad(fn.loss)(params, fn.Batch(batch.tokens[i], batch.targets[i]), config)
+        assert_trees_close(tree_map(lambda g, i=i: g[i], each), one, 1e-11)
+
+
+@pytest.mark.parametrize("mhc", [True, False])
+def test_jvp_is_the_product_of_gradient_and_tangent(mhc):
+    config = small_config(mhc_enabled=mhc)
+    params, batch = float64(config), random_batch(config, 2, 7)
+    tangent = float64(config, seed=1)
+    value, slope = jvp(lambda p: fn.loss(p, batch, config), (params,), (tangent,))
+    grads, expected = grad_and_value(fn.loss)(params, batch, config)
+    product = sum((g * t).sum() for g, t in zip(tree_leaves(grads), tree_leaves(tangent), strict=True))
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(slope, product, rtol=1e-10, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_one_compiled_graph_of_loss_and_gradient_agrees():
+    config = small_config(num_layers=1, mhc_flows=2, mhc_sinkhorn_iters=3)
+    params, batch = fn.init(config), random_batch(config, 2, 8, ignored=0.3)
+    compiled = torch.compile(lambda p, b: grad_and_value(fn.loss)(p, b, config), fullgraph=True)
+    grads, value = compiled(params, batch)
+    expected, expected_value = grad_and_value(fn.loss)(params, batch, config)
+    torch.testing.assert_close(value, expected_value)
+    largest = max(g.abs().max().item() for g in tree_leaves(expected))
+    assert_trees_close(grads, expected, 1e-4, floor=1e-2 * largest)
+
+
+def test_loss_counts_only_counted_targets():
+    config = small_config()
+    params, batch = fn.init(config), random_batch(config, 2, 7, ignored=0.5)
+    logits = fn.forward(params, batch.tokens, config)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+    torch.testing.assert_close(fn.loss(params, batch, config), expected)
+    nothing = fn.Batch(batch.tokens, torch.full_like(batch.targets, -100))
+    assert fn.loss(params, nothing, config) == 0
+
+
+def test_a_sequence_longer_than_the_model_is_refused():
+    config = small_config(max_seq_len=4)
+    with pytest.raises(ValueError, match="max_seq_len=4"):
+        fn.forward(fn.init(config), torch.zeros(1, 5, dtype=torch.int64), config)
+
+
+def test_kernels_are_an_argument():
+    config, calls = small_config(), []
+
+    def counting(q, k, v):
+        calls.append(q.shape)
+        return fn.causal_attention(q, k, v)
+
+    params, tokens = fn.init(config), torch.zeros(1, 5, dtype=torch.int64)
+    out = fn.forward(params, tokens, config, fn.REFERENCE._replace(attention=counting))
+    assert len(calls) == config.num_layers
+    torch.testing.assert_close(out, fn.forward(params, tokens, config))
