@@ -1,6 +1,7 @@
 """Train a language model from text: `python recipes/pretrain_1b.py [key=value …]`; keys in configs/pretrain_1b.yaml."""
 
 import dataclasses
+import textwrap
 
 from rlm_mhc.checkpoint import load_run
 from rlm_mhc.data import Position, prepare
@@ -62,7 +63,10 @@ def main(run: RunConfig) -> None:
     losses = [r["eval/loss"] for r in log.records if r.get("eval/loss") is not None]
     if losses:
         print(f"eval loss    {losses[0]:.3f} at the start, {losses[-1]:.3f} now")
-    print("sample       " + repr(sample_text(state.params, run.model, data.tokenizer, "The ", seed=run.seed)))
+    print(
+        "sample text:\n"
+        + textwrap.indent(sample_text(state.params, run.model, data.tokenizer, "The", seed=run.seed), "    ")
+    )
     print(f"written to   {folder} (curves.png, metrics.jsonl, checkpoints/checkpoint-{int(state.step)})")
 
 

@@ -12,13 +12,6 @@ from rlm_mhc.train.device import MEMORY_ADVICE
 from rlm_mhc.validation import build, nearest
 
 T = TypeVar("T")
-QUIET = [
-    "hydra.run.dir=.",
-    "hydra.output_subdir=null",
-    "hydra.job.chdir=false",
-    "hydra/job_logging=none",
-    "hydra/hydra_logging=none",
-]
 
 
 def command(config_type: type[T], script: str, main: Callable[[T], int | None]) -> None:
@@ -38,22 +31,22 @@ def command(config_type: type[T], script: str, main: Callable[[T], int | None]) 
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors its own way and exits
     folder, name = Path(script).resolve().parent / "configs", Path(script).stem
-    arguments = sys.argv[1:]
-    debug = "debug=true" in [a.lower() for a in arguments]
-    flags = [a for a in arguments if a.startswith("-")]
-    sys.argv[1:] = flags + QUIET + [a for a in arguments if not a.startswith("-")] if not flags else arguments + QUIET
+    debug = "debug=true" in map(str.lower, sys.argv)
+    composed: list[Any] = []
 
     @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
-    def run(config: DictConfig) -> None:
-        values = OmegaConf.to_container(config, resolve=True)
-        sys.exit(main(build(config_type, values)) or 0)
+    def compose(config: DictConfig) -> None:
+        composed.append(OmegaConf.to_container(config, resolve=True))
 
     try:
-        run()
+        compose()
+        # More than one with --multirun; none where Hydra was asked for help or the config alone.
+        codes = [main(build(config_type, values)) or 0 for values in composed]
+        sys.exit(max(codes, default=0))
     except KeyboardInterrupt:
         fail("interrupted", 130, debug)
     except (hydra.errors.HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error, folder, name, arguments), 2, debug)
+        fail(_explain(error, folder, name), 2, debug)
     except (ValueError, OSError) as error:
         fail(_one_line(error), 2, debug)
     except MemoryError as error:
@@ -83,9 +76,12 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
 
 
-def _explain(error: Exception, folder: Path, name: str, arguments: Iterable[str]) -> str:
+def _explain(error: Exception, folder: Path, name: str) -> str:
     """Hydra's and OmegaConf's errors in one line, with the nearest valid key or choice."""
-    text = " ".join(str(error).split())
+    from hydra.errors import OverrideParseException
+
+    # What follows a blank line is Hydra's search path.
+    text = " ".join(str(error).split("\nConfig search path")[0].split())
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1], folder, name)
     if found := re.search(r"Could not find '([^']+)' Available options in '([^']+)': (.*)", text):
@@ -93,9 +89,8 @@ def _explain(error: Exception, folder: Path, name: str, arguments: Iterable[str]
         return f"{group}={choice}: expected one of {', '.join(options)}{nearest(choice, options)}"
     if found := re.search(r"Could not override '?([\w./]+)'?.* No match in the defaults list", text):
         return _unknown_key(found[1], folder, name)
-    if "mismatched input" in text or "token recognition error" in text or "extraneous input" in text:
-        wrong = next((a for a in arguments if a in text), None)
-        return f"cannot read the argument {wrong or text!r}; write key=value, with quotes around unusual values"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument '{error.override}'; write key=value, with quotes around unusual values"
     return text
 
 

@@ -82,7 +82,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a `1024³` matrix product, the best of several runs, measured now."""
     a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         start = time.perf_counter()
         c = a @ b
         if device.type == "cuda":

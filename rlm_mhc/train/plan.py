@@ -17,7 +17,7 @@ from rlm_mhc.tree import size_bytes, tree_leaves, tree_map
 
 GIB = 1 << 30
 RESERVED_BYTES = GIB // 2
-TYPICAL_UTILISATION = {"cpu": 0.15, "cuda": 0.4}
+TYPICAL_UTILISATION = {"cpu": 0.3, "cuda": 0.4}
 
 
 class Plan(NamedTuple):

@@ -43,7 +43,9 @@ def louder(params):
 
     The input of a sub-layer is n/2 times the plain one, which its norm hides up to eps.
     """
-    return map_named(lambda name, w: w * (5 if "proj" in name else 25) if w.dim() == 2 and "mhc" not in name else w, params)
+    return map_named(
+        lambda name, w: w * (5 if "proj" in name else 25) if w.dim() == 2 and "mhc" not in name else w, params
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -7,7 +7,9 @@ from rlm_mhc import fn
 
 def random_params(n, c, dtype=torch.float32):
     size = 2 * n + n * n
-    return fn.MHCParams(torch.randn(n * c, size, dtype=dtype), torch.randn(3, dtype=dtype), torch.randn(size, dtype=dtype))
+    return fn.MHCParams(
+        torch.randn(n * c, size, dtype=dtype), torch.randn(3, dtype=dtype), torch.randn(size, dtype=dtype)
+    )
 
 
 def test_combine_applies_res_untransposed():
