@@ -1,4 +1,4 @@
-"""Seven quick checks of a model: `python recipes/validate_model.py [model=…] [checkpoint=DIR]`; exit code 1 on failure."""
+"""Seven quick checks: `python recipes/validate_model.py [model=…] [checkpoint=DIR]`; exit code 1 if one fails."""
 
 import dataclasses
 import math

@@ -53,9 +53,8 @@ def mhc_mappings(params: MHCParams, streams: Streams, *, num_iters: int = 20, ep
     """
     n, c = streams.shape[-2:]
     if params.phi.shape != (n * c, 2 * n + n * n):
-        raise ValueError(
-            f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need [n·c, 2n+n²] = {(n * c, 2 * n + n * n)}"
-        )
+        needed = (n * c, 2 * n + n * n)
+        raise ValueError(f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need [n·c, 2n+n²] = {needed}")
     raw = _project(streams.flatten(-2), params.phi, eps)
     pre, post, res = _scale_and_shift(raw, params.alpha, params.bias)
     return MHCMappings(

@@ -45,7 +45,7 @@ def test_sampling():
     assert set(fn.sample_token(logits, generator, top_k=2).tolist()) == {1, 2}
     assert set(fn.sample_token(logits, temperature=0.0).tolist()) == {1}
     assert set(fn.sample_token(logits, top_k=99).tolist()) <= {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="temperature=-1.0"):
+    with pytest.raises(ValueError, match=r"temperature=-1\.0"):
         fn.sample_token(logits, temperature=-1.0)
     with pytest.raises(ValueError, match="top_k=0"):
         fn.sample_token(logits, top_k=0)

@@ -1,0 +1,116 @@
+import json
+
+import numpy as np
+import pytest
+
+from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, train_tokenizer
+
+WORDS = ["stream", "matrix", "row", "column", "gain", "token", "layer", "head"]
+
+
+def texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(1, 30))) for _ in range(count)]
+
+
+def source(documents, fingerprint="a"):
+    return Source("test", fingerprint, lambda: iter(documents))
+
+
+def run(folder, documents, **options):
+    defaults = dict(tokenizer="auto", vocab_size=300, max_length=16, say=lambda line: None)
+    eval_source = options.pop("eval_source", None)
+    given = documents if isinstance(documents, Source) else source(documents)
+    return prepare(folder, given, eval_source, **(defaults | options))
+
+
+def inputs_and_last_target(windows):
+    """The stream that the windows were cut from."""
+    rows = [windows.inputs_and_targets(i) for i in range(windows.total)]
+    targets = np.concatenate([t[t != -100] for _, t in rows])
+    return np.concatenate([rows[0][0][:1], targets])
+
+
+def test_no_token_is_lost_and_documents_come_back(tmp_path):
+    documents = texts(50)
+    data = run(tmp_path, documents, eval_source=source(texts(3, seed=1), "b"))
+    stream = inputs_and_last_target(data.train)
+    decoded = data.tokenizer.decode(stream.tolist()).split("<|endoftext|>")
+    assert decoded == [*documents, ""]
+
+
+def test_every_hundredth_document_is_held_out(tmp_path):
+    documents = texts(250)
+    data = run(tmp_path, documents)
+    held_out = data.tokenizer.decode(inputs_and_last_target(data.evaluation).tolist()).split("<|endoftext|>")
+    assert held_out == [documents[99], documents[199], ""]
+
+
+def test_few_documents_hold_out_the_last_windows(tmp_path):
+    data = run(tmp_path, texts(10))
+    assert data.evaluation.total == 1
+    assert data.evaluation.first == data.train.total
+    one = run(tmp_path / "one", ["row column"])
+    assert (one.train.total, one.evaluation.total) == (1, 0)
+
+
+def test_reused_while_data_and_tokenizer_are_unchanged(tmp_path):
+    said = []
+    run(tmp_path, texts(20), say=said.append)
+    before = (tmp_path / "train.bin").stat().st_mtime_ns
+    run(tmp_path, texts(20), say=said.append)
+    assert (tmp_path / "train.bin").stat().st_mtime_ns == before
+    assert "reused" in said[-1]
+    run(tmp_path, texts(20), vocab_size=290, say=said.append)
+    assert (tmp_path / "train.bin").stat().st_mtime_ns != before
+    before = (tmp_path / "train.bin").stat().st_mtime_ns
+    run(tmp_path, source(texts(20, seed=2), "c"), say=said.append)
+    assert (tmp_path / "train.bin").stat().st_mtime_ns != before
+
+
+def test_an_interrupted_preparation_is_not_reused(tmp_path):
+    run(tmp_path, texts(20))
+    (tmp_path / "meta.json").unlink()
+    (tmp_path / "train.bin").write_bytes(b"half")
+    assert run(tmp_path, texts(20)).train.total > 1
+
+
+def test_bad_data_leaves_nothing_to_be_reused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts(30)) + "nonsense\n")
+    with pytest.raises(ValueError, match="line 31"):
+        run(tmp_path / "out", jsonl_source(str(file)))
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+def test_byte_level_tokenizer_returns_any_text(tmp_path):
+    tokenizer = train_tokenizer(source(texts(20)), 280)
+    for text in ["plain", "  spaces\t\n", "汉字 😀 \x00", "a <|endoftext|> b"]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id not in ids
+    with pytest.raises(ValueError, match="at least 257"):
+        train_tokenizer(source(texts(2)), 256)
+
+
+def test_a_document_that_spells_end_of_text_is_text(tmp_path):
+    data = run(tmp_path, ["row <|endoftext|> column"])
+    stream = inputs_and_last_target(data.train)
+    assert (stream == data.tokenizer.eos_token_id).sum() == 1
+
+
+def test_tokenizers_from_a_folder(tmp_path):
+    trained = train_tokenizer(source(texts(20)), 280)
+    trained.save_pretrained(tmp_path / "tokenizer")
+    data = run(tmp_path / "out", texts(20), tokenizer=str(tmp_path / "tokenizer"))
+    assert data.tokenizer.get_vocab() == trained.get_vocab()
+    with pytest.raises(ValueError, match=rf"model\.vocab_size={len(trained)}"):
+        load_tokenizer(str(tmp_path / "tokenizer"), 200)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_tokenizer(str(tmp_path / "nowhere"), 300)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no tokenizer files"):
+        load_tokenizer(str(tmp_path / "empty"), 300)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{broken")
+    with pytest.raises(FileNotFoundError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path / "tokenizer"), 300)

@@ -1,0 +1,166 @@
+import pytest
+import torch
+
+from rlm_mhc import TrainConfig, fn
+from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.testing import assert_trees_close, random_batch, small_config
+from rlm_mhc.tree import tree_leaves, tree_map
+
+METRICS = {"loss", "grad_norm", "lr", "mhc/amax_pre", "mhc/amax_post", "mhc/gain_forward", "mhc/gain_backward"}
+
+
+def training(batch_size=2, accumulation=2, **fields):
+    defaults = dict(
+        mixed_precision="fp32",
+        compile=False,
+        max_steps=50,
+        max_grad_norm=1e9,
+        optimizer={"lr": 1e-2},
+        scheduler={"warmup_steps": 2},
+    )
+    return TrainConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation, **(defaults | fields))
+
+
+def run(config, train_config, batch, steps=1, **options):
+    state = init_train_state(config, train_config, device="cpu")
+    step = make_train_step(config, train_config, **options)
+    for _ in range(steps):
+        state, metrics = step(state, batch)
+    return state, metrics
+
+
+def gradient(config, train_config, batch):
+    """The gradient that a step computes, seen through its `reduce`."""
+    seen = []
+    run(config, train_config, batch, reduce=lambda g: seen.append(g.clone()) or g)
+    return seen
+
+
+@pytest.mark.parametrize("mhc", [True, False])
+def test_gradient_equals_that_of_the_reference(mhc):
+    config, train_config = small_config(mhc_enabled=mhc), training()
+    batch = random_batch(config, 4, 9, ignored=0.3)
+    params = fn.init(config)
+    grads = torch.func.grad(fn.loss)(params, batch, config)
+    groups = [grads._replace(layers=()), *grads.layers]
+    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(group)]) for group in groups]
+    assert_trees_close(gradient(config, train_config, batch), expected, 1e-5)
+
+
+def test_accumulation_equals_one_large_batch():
+    config = small_config()
+    batch = random_batch(config, 6, 9, ignored=0.4)
+    whole, whole_metrics = run(config, training(6, 1), batch)
+    for size, count in ((3, 2), (2, 3), (1, 6)):
+        assert_trees_close(
+            gradient(config, training(size, count), batch), gradient(config, training(6, 1), batch), 1e-6
+        )
+        parts, metrics = run(config, training(size, count), batch)
+        torch.testing.assert_close(metrics["loss"], whole_metrics["loss"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(metrics["grad_norm"], whole_metrics["grad_norm"], rtol=1e-6, atol=0)
+        assert_trees_close(parts.optimizer.exp_avg, whole.optimizer.exp_avg, 1e-5)
+
+
+def test_metrics_are_scalars_under_their_names():
+    config = small_config()
+    batch = random_batch(config, 4, 9)
+    _, metrics = run(config, training(), batch)
+    assert metrics.keys() >= METRICS
+    assert all(value.shape == () for value in metrics.values())
+    torch.testing.assert_close(metrics["loss"], fn.loss(fn.init(config), batch, config))
+    assert metrics["lr"].item() == pytest.approx(0.005)
+    res = torch.stack(fn.backbone(fn.init(config), batch.tokens, config).res)
+    torch.testing.assert_close(metrics["mhc/amax_pre"], res[0::2].amax())
+    torch.testing.assert_close(metrics["mhc/amax_post"], res[1::2].amax())
+    torch.testing.assert_close(metrics["mhc/gain_backward"], fn.composite_gain(res)[1].amax())
+
+
+def test_without_mhc_the_gains_are_those_of_the_identity():
+    config = small_config(mhc_enabled=False)
+    _, metrics = run(config, training(), random_batch(config, 4, 9))
+    assert {metrics[name].item() for name in METRICS if name.startswith("mhc/")} == {1.0}
+
+
+def test_steps_lower_the_loss_and_count():
+    config = small_config()
+    batch = random_batch(config, 4, 9)
+    _, first = run(config, training(), batch)
+    state, last = run(config, training(), batch, steps=8)
+    assert last["loss"] < first["loss"] - 0.1
+    assert state.step == 8
+    assert state.optimizer.step == 8
+
+
+def test_clipping_uses_the_global_norm():
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    _, metrics = run(config, training(max_grad_norm=1e-3), batch)
+    state, _ = run(config, training(max_grad_norm=1e-3), batch)
+    assert metrics["grad_norm"] > 1e-2
+    torch.testing.assert_close(fn.global_norm(state.optimizer.exp_avg), torch.tensor(0.1 * 1e-3))
+
+
+def test_a_step_is_pure_unless_it_donates():
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    state = init_train_state(config, training(), device="cpu")
+    before = tree_map(torch.clone, state)
+    pure, _ = make_train_step(config, training())(state, batch)
+    assert_trees_close(state, before, 0.0)
+    donated, _ = make_train_step(config, training(), donate=True)(state, batch)
+    assert_trees_close(donated, pure, 0.0)
+    assert donated.params.norm.weight is state.params.norm.weight
+
+
+def test_reduce_sees_every_gradient_and_its_result_counts():
+    class Handle:
+        def __init__(self, vector):
+            self.vector = vector
+
+        def wait(self):
+            return 2 * self.vector
+
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    _, alone = run(config, training(), batch)
+    sizes = [g.numel() for g in gradient(config, training(), batch)]
+    assert len(sizes) == config.num_layers + 1
+    assert sum(sizes) == fn.count(config)
+    _, doubled = run(config, training(), batch, reduce=Handle)
+    torch.testing.assert_close(doubled["grad_norm"], 2 * alone["grad_norm"])
+
+
+def test_bf16_keeps_fp32_weights_and_stays_near_fp32():
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    exact, exact_metrics = run(config, training(), batch, steps=3)
+    state, metrics = run(config, training(mixed_precision="bf16"), batch, steps=3)
+    assert {leaf.dtype for leaf in tree_leaves(state.params)} == {torch.float32}
+    torch.testing.assert_close(metrics["loss"], exact_metrics["loss"], rtol=1e-2, atol=0)
+    assert not torch.equal(state.params.embed_tokens.weight, exact.params.embed_tokens.weight)
+
+
+def test_a_batch_of_another_size_is_refused():
+    config = small_config()
+    with pytest.raises(ValueError, match="2 × 2 = 4"):
+        run(config, training(), random_batch(config, 3, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_compiled_step_equals_eager_and_compiles_no_layer_twice():
+    config, batch = small_config(num_layers=3, mhc_sinkhorn_iters=3), random_batch(small_config(), 4, 9)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    expected, expected_metrics = run(config, training(), batch, steps=3)
+    actual, metrics = run(config, training(compile=True), batch, steps=3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert_trees_close(metrics, expected_metrics, 1e-4)
+    assert_trees_close(actual.params, expected.params, 1e-2)
+
+
+@pytest.mark.gpu
+def test_gpu_step_equals_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    _, expected = run(config, training(), batch)
+    state = init_train_state(config, training(), device="cuda")
+    _, metrics = make_train_step(config, training())(state, fn.Batch(*(x.cuda() for x in batch)))
+    assert_trees_close({k: v.cpu() for k, v in metrics.items()}, expected, 1e-4)
