@@ -37,7 +37,7 @@ def test_files_have_the_dotted_names_and_ordinary_permissions(tmp_path):
 
 
 def test_a_tree_of_another_config_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="missing layers.2.attn_mhc.phi"):
+    with pytest.raises(ValueError, match=r"missing layers\.2\.attn_mhc\.phi"):
         rlm_mhc.save_pretrained(tmp_path, fn.init(small_config()), small_config(num_layers=3))
     assert not (tmp_path / "model.safetensors").exists()
 
