@@ -1,0 +1,155 @@
+"""The main job from the command line, on small data."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+import rlm_mhc
+from rlm_mhc.checkpoint import load_run
+from rlm_mhc.fn import adamw_init
+from rlm_mhc.testing import assert_trees_close
+
+LOGGED = {
+    "step",
+    "tokens",
+    "train/loss",
+    "train/lr",
+    "grad_norm",
+    "mhc/amax_pre",
+    "mhc/amax_post",
+    "mhc/gain_forward",
+    "mhc/gain_backward",
+}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=8", "training.save_steps=3"]
+    result = pretrain(*arguments, "training.save_total_limit=2")
+    assert result.code == 0, result.err
+    assert "parameters" in result.out
+    assert "sample text" in result.out
+    rows = records(out)
+    assert [r["step"] for r in rows] == list(range(9))
+    assert all(row.keys() >= LOGGED for row in rows[1:])
+    assert rows[2].keys() >= {"tokens_per_sec", "mfu", "eval/loss"}
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.2
+    assert rows[3]["tokens"] == 3 * 2 * 2 * 16
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["model"]["hidden_dim"] == 32
+    assert config["training"]["max_steps"] == 8
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-6", "checkpoint-8"]
+    names = {p.name for p in (out / "checkpoints" / "checkpoint-8").iterdir()}
+    expected = {
+        "config.yaml",
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+        "tokenizer.json",
+    }
+    assert names >= expected
+
+
+def test_the_checkpoint_reads_back_and_carries_its_tokenizer(pretrain, corpus, tmp_path):
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "run"
+    assert pretrain(f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=2").code == 0
+    folder = out / "checkpoints" / "checkpoint-2"
+    params, config = rlm_mhc.load_pretrained(folder)
+    rlm_mhc.save_pretrained(tmp_path / "again", params, config)
+    assert_trees_close(rlm_mhc.load_pretrained(tmp_path / "again")[0], params, 0.0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("stream matrix")["input_ids"]) == "stream matrix"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["step"] == 2
+    assert state["position"] == {"seed": 42, "epoch": 0, "offset": 8}
+
+
+@pytest.mark.parametrize("how", ["auto", "checkpoint"])
+def test_a_resumed_run_equals_one_never_stopped(pretrain, corpus, tmp_path, how):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    common = [f"data.train_path={corpus}", "training.max_steps=6", "training.save_steps=3"]
+    assert pretrain(*common, f"output_dir={whole}").code == 0
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
+    if how == "checkpoint":
+        shutil.move(cut / "checkpoints" / "checkpoint-3", tmp_path / "start")
+        shutil.rmtree(cut)
+        result = pretrain(*common, f"output_dir={cut}", f"+resume_from_checkpoint={tmp_path / 'start'}")
+    else:
+        result = pretrain(*common, f"output_dir={cut}", "resume=auto")
+    assert result.code == 0, result.err
+    assert "step 3" in result.out
+    a, b = (load_run(run / "checkpoints" / "checkpoint-6", adamw_init) for run in (whole, cut))
+    assert_trees_close(a.params, b.params, 0.0)
+    assert_trees_close(a.optimizer, b.optimizer, 0.0)
+    assert a.trainer_state == b.trainer_state
+    steps = [r["step"] for r in records(cut)]
+    assert steps == (list(range(7)) if how == "auto" else [4, 5, 6])
+    losses = {r["step"]: r.get("train/loss") for r in records(whole)}
+    assert all(r.get("train/loss") == losses[r["step"]] for r in records(cut))
+
+
+def test_a_used_folder_is_refused_resumed_or_overwritten(pretrain, corpus, tmp_path):
+    arguments = [f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1"]
+    assert pretrain(*arguments).code == 0
+    refused = pretrain(*arguments)
+    assert refused.code == 2
+    assert all(word in refused.last_error for word in ("already holds a run", "resume=auto", "overwrite=true"))
+    again = pretrain(*arguments, "overwrite=true")
+    assert again.code == 0
+    assert "reused" in again.out
+    assert [r["step"] for r in records(tmp_path / "run")] == [0, 1]
+    finished = pretrain(*arguments, "resume=auto")
+    assert finished.code == 0, finished.err
+
+
+def test_without_mhc_and_in_bf16_and_with_eval_data(pretrain, corpus, tmp_path):
+    result = pretrain(
+        f"data.train_path={corpus}",
+        f"data.eval_path={corpus}",
+        f"output_dir={tmp_path / 'run'}",
+        "training.max_steps=2",
+        "model.mhc_enabled=false",
+        "training.mixed_precision=bf16",
+    )
+    assert result.code == 0, result.err
+    params, config = rlm_mhc.load_pretrained(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+    assert not config.mhc_enabled
+    assert params.layers[0].attn_mhc == ()
+    assert params.norm.weight.dtype == torch.float32
+
+
+def test_a_very_small_file_trains_without_evaluation(pretrain, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "row"}\n')
+    arguments = [f"data.train_path={tmp_path / 'one.jsonl'}", f"output_dir={tmp_path / 'run'}", "training.max_steps=2"]
+    result = pretrain(*arguments)
+    assert result.code == 0, result.err
+    assert "nothing could be held out" in result.out
+
+
+def test_shared_cache_and_existing_tokenizer(pretrain, corpus, tmp_path):
+    common = [f"data.train_path={corpus}", "training.max_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert pretrain(*common, f"output_dir={tmp_path / 'a'}").code == 0
+    assert "reused" in pretrain(*common, f"output_dir={tmp_path / 'b'}").out
+    tokenizer = tmp_path / "a" / "checkpoints" / "checkpoint-1"
+    result = pretrain(*common, f"output_dir={tmp_path / 'c'}", f"data.tokenizer={tokenizer}")
+    assert result.code == 0, result.err
+
+
+def test_a_diverging_run_stops_with_advice(pretrain, corpus, tmp_path):
+    arguments = [f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=30"]
+    result = pretrain(*arguments, "training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0")
+    assert result.code == 2
+    assert "not finite at step" in result.last_error
+    assert "training.optimizer.lr" in result.last_error

@@ -1,0 +1,72 @@
+import json
+
+import pytest
+import torch
+
+from rlm_mhc.config import WandbConfig
+from rlm_mhc.train import draw_curves
+from rlm_mhc.train.log import MetricsLog, start_wandb
+
+RECORDS = [
+    {"step": 0, "eval/loss": 8.0},
+    {
+        "step": 1,
+        "train/loss": 8.1,
+        "train/lr": 1e-3,
+        "grad_norm": 2.0,
+        "mhc/gain_forward": 1.0,
+        "mhc/gain_backward": 1.1,
+    },
+    {
+        "step": 2,
+        "train/loss": 7.1,
+        "train/lr": 2e-3,
+        "grad_norm": 1.0,
+        "mhc/gain_forward": 1.0,
+        "mhc/gain_backward": 1.2,
+    },
+]
+
+
+def test_metrics_are_one_object_per_line_and_survive_a_cut_off_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    log = MetricsLog(file)
+    for record in RECORDS:
+        log.write(record)
+    log.close()
+    assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
+    with file.open("a") as f:
+        f.write('{"step": 3, "train/lo')
+    resumed = MetricsLog(file, 1)
+    assert resumed.records == RECORDS[:2]
+    resumed.write(RECORDS[2])
+    resumed.close()
+    assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
+
+
+@pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS])
+def test_curves_are_a_picture_at_any_time(tmp_path, records):
+    draw_curves(records, tmp_path / "curves.png", "a title")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_wandb_is_not_touched_without_a_project(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert start_wandb(WandbConfig(), tmp_path, {}) is None
+    with pytest.raises(ValueError, match="pip install wandb"):
+        start_wandb(WandbConfig(project="p"), tmp_path, {})
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_logs_offline_and_asks_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    run = start_wandb(WandbConfig(project="p"), tmp_path, {"a": 1})
+    run.log({"step": 1, "train/loss": torch.tensor(1.0).item()})
+    run.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
