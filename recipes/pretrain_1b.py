@@ -10,7 +10,7 @@ from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train import RunConfig, command, make_plan, open_output, pick_device, train
 from rlm_mhc.train.device import check_compiler
-from rlm_mhc.train.log import MetricsLog, start_wandb
+from rlm_mhc.train.log import MetricsLog, report_to, start_wandb
 from rlm_mhc.train.output import METRICS_FILE, begin_output
 from rlm_mhc.train.text import sample_text
 
@@ -53,9 +53,7 @@ def main(run: RunConfig) -> None:
     wandb_run = start_wandb(run.training.wandb, folder, dataclasses.asdict(run))
     log = MetricsLog(folder / METRICS_FILE, int(state.step))
     step = make_train_step(run.model, run.training, donate=True)
-    state = train(
-        run, state, position, step, data, plan, log, report=wandb_run.log if wandb_run else lambda record: None
-    )
+    state = train(run, state, position, step, data, plan, log, report=report_to(wandb_run))
     log.close()
     if wandb_run:
         wandb_run.finish()

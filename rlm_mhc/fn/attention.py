@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlm_mhc.fn.rope import rotary_embedding
@@ -23,8 +23,8 @@ def causal_attention(
     >>> causal_attention(*[torch.ones(1, 2, 3, 4)] * 3).shape
     torch.Size([1, 2, 3, 4])
     """
-    if not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None:
-        # PyTorch's fused attention has no forward-mode derivative; its plain formula has.
+    if forward_ad._current_level >= 0:
+        # Inside jvp: PyTorch's fused attention has no forward-mode derivative, its plain formula has.
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])

@@ -3,7 +3,7 @@
 import json
 import netrc
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ def start_wandb(config: WandbConfig, folder: Path, run: dict[str, Any]) -> Any:
         except wandb.errors.Error as error:
             print(f"wandb        {str(error).splitlines()[0]}; logging offline", flush=True)
     return None
+
+
+def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
+    """A function that logs a record under its own step to a wandb run, or nowhere for None."""
+    if wandb_run is None:
+        return lambda record: None
+    return lambda record: wandb_run.log(record, step=record["step"])
 
 
 def _read(file: Path) -> Iterable[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The training loop: batches in, metrics, pictures and checkpoints out."""
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,43 +50,33 @@ def train(
     Raises:
         ValueError: when the loss is no longer finite.
     """
-    training, folder = run.training, Path(run.output_dir)
-    start, device = int(state.step), state.params.norm.weight.device
-    session = _Session(log, report, folder / CURVES_FILE, f"{folder.name}: {plan.params:,} parameters")
-    if not start:
+    training, start = run.training, int(state.step)
+    device = state.params.norm.weight.device
+    session = _Session(log, report, run, plan)
+    speed = _Speed(plan)
+    if start == 0:
         session.write({"step": 0, "tokens": 0, "eval/loss": evaluate(state, run, data)})
     if training.compile:
         print("compiling    once per machine and shape; the first step takes about a minute …", flush=True)
-    bar = tqdm(range(start, training.max_steps), initial=start, total=training.max_steps, desc="training", unit="step")
-    since, counted = time.perf_counter(), start
-    for done in bar:
-        batch, position = next_batch(data.train, position, training.sequences_per_step, shuffle=run.data.shuffle)
-        state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
-        number = done + 1
-        last = number == training.max_steps
-        if number == start + 1:
-            # The first step compiles; it says nothing about speed.
-            metrics["loss"].item()
-            since, counted = time.perf_counter(), number
-        if number % training.logging_steps == 0 or last or number == 1:
-            record = _record(number, metrics, plan)
-            elapsed = time.perf_counter() - since
-            if number > counted:
-                speed = (number - counted) * plan.tokens_per_step / elapsed
-                flops = speed * plan.flops_per_step / plan.tokens_per_step
-                record |= {"tokens_per_sec": speed, "mfu": flops / plan.peak_rate}
-                since, counted = time.perf_counter(), number
-            if number % training.eval_steps == 0 or last:
-                record["eval/loss"] = evaluate(state, run, data)
-                since = time.perf_counter()
-            bar.set_postfix_str(_postfix(record))
-            session.write(record)
-            _require_finite(record)
-        elif number % training.eval_steps == 0:
-            session.write({"step": number, "eval/loss": evaluate(state, run, data)})
-        if number % training.save_steps == 0 or last:
-            save(run, state, position, data.tokenizer, number * plan.tokens_per_step)
-            since, counted = time.perf_counter(), number
+    with tqdm(total=training.max_steps, initial=start, desc="training", unit="step") as bar:
+        for number in range(start + 1, training.max_steps + 1):
+            batch, position = next_batch(data.train, position, training.sequences_per_step, shuffle=run.data.shuffle)
+            state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
+            last = number == training.max_steps
+            evaluated, saved = (last or number % every == 0 for every in (training.eval_steps, training.save_steps))
+            if evaluated or number == 1 or number % training.logging_steps == 0:
+                record = _record(number, metrics, plan) | speed.read(number)
+                _require_finite(record)
+                if evaluated:
+                    record["eval/loss"] = evaluate(state, run, data)
+                session.write(record)
+                bar.set_postfix_str(_postfix(record), refresh=False)
+            bar.update()
+            if saved:
+                save(run, state, position, data.tokenizer, number * plan.tokens_per_step)
+            if evaluated or saved or number == start + 1:
+                # Neither these nor the first step, which compiles, say anything about speed.
+                speed.restart(number)
     session.draw()
     return state
 
@@ -135,8 +124,10 @@ def save(run: RunConfig, state: TrainState, position: Position, tokenizer: Any, 
 class _Session:
     """The log and the picture of it, redrawn at most every few seconds."""
 
-    def __init__(self, log: MetricsLog, report: Callable, picture: Path, title: str) -> None:
-        self.log, self.report, self.picture, self.title = log, report, picture, title
+    def __init__(self, log: MetricsLog, report: Callable, run: RunConfig, plan: Plan) -> None:
+        self.log, self.report = log, report
+        self.picture = Path(run.output_dir) / CURVES_FILE
+        self.title = f"{self.picture.parent.name}: {plan.params:,} parameters"
         self.drawn = -math.inf
 
     def write(self, record: dict[str, Any]) -> None:
@@ -148,6 +139,24 @@ class _Session:
     def draw(self) -> None:
         draw_curves(self.log.records, self.picture, self.title)
         self.drawn = time.monotonic()
+
+
+class _Speed:
+    """Tokens per second since the last reading, and the share of the device's peak that they take."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.since, self.number = plan, math.nan, -1
+
+    def restart(self, number: int) -> None:
+        self.since, self.number = time.perf_counter(), number
+
+    def read(self, number: int) -> dict[str, float]:
+        steps = (number - self.number) / (time.perf_counter() - self.since) if self.number >= 0 else math.nan
+        self.restart(number)
+        if math.isnan(steps):
+            return {}
+        mfu = steps * self.plan.flops_per_step / self.plan.peak_rate
+        return {"tokens_per_sec": steps * self.plan.tokens_per_step, "mfu": mfu}
 
 
 def _record(number: int, metrics: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
@@ -168,7 +177,6 @@ def _postfix(record: dict[str, Any]) -> str:
 
 def _require_finite(record: dict[str, Any]) -> None:
     if not (math.isfinite(record["train/loss"]) and math.isfinite(record["grad_norm"])):
-        sys.stdout.flush()
         raise ValueError(
             f"the loss or gradient is not finite at step {record['step']} (loss {record['train/loss']}, gradient norm "
             f"{record['grad_norm']}); lower training.optimizer.lr or lengthen training.scheduler.warmup_steps, "

@@ -87,13 +87,10 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 def _memory(config: ModelConfig, training: TrainConfig, length: int, compute: torch.dtype) -> dict[str, int]:
     masters = 4 * count(config)
-    parts = {"weights": masters, "gradients": masters, "optimizer": 2 * masters}
+    # The sum over microbatches, and beside it one microbatch's own or the clipped copy.
+    parts = {"weights": masters, "gradients": 2 * masters, "optimizer": 2 * masters}
     if compute != torch.float32:
-        copy = size_bytes(init(config, device="meta", dtype=compute))
-        parts["weights"] += copy
-        parts["gradients"] += copy
-    elif training.gradient_accumulation_steps > 1:
-        parts["gradients"] += masters
+        parts["weights"] += size_bytes(init(config, device="meta", dtype=compute))
     parts["activations"] = _activations(config, training.batch_size, length, compute)
     return parts | {"runtime": RESERVED_BYTES}
 

@@ -55,6 +55,19 @@ def test_jvp_is_the_product_of_gradient_and_tangent(mhc):
     torch.testing.assert_close(slope, product, rtol=1e-10, atol=0)
 
 
+def test_forward_over_reverse_gives_the_hessian_product():
+    config = small_config(num_layers=1)
+    params, batch, tangent = float64(config), random_batch(config, 2, 7), float64(config, seed=1)
+    _, product = jvp(lambda p: grad(fn.loss)(p, batch, config), (params,), (tangent,))
+    step = 1e-6
+    up, down = (
+        grad(fn.loss)(tree_map(lambda w, t, s=sign: w + s * step * t, params, tangent), batch, config)
+        for sign in (1, -1)
+    )
+    expected = tree_map(lambda a, b: (a - b) / (2 * step), up, down)
+    assert_trees_close(product, expected, 1e-4, floor=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_one_compiled_graph_of_loss_and_gradient_agrees():

@@ -1,11 +1,10 @@
 import json
 
 import pytest
-import torch
 
 from rlm_mhc.config import WandbConfig
 from rlm_mhc.train import draw_curves
-from rlm_mhc.train.log import MetricsLog, start_wandb
+from rlm_mhc.train.log import MetricsLog, report_to, start_wandb
 
 RECORDS = [
     {"step": 0, "eval/loss": 8.0},
@@ -67,6 +66,7 @@ def test_wandb_without_a_login_logs_offline_and_asks_nothing(tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     run = start_wandb(WandbConfig(project="p"), tmp_path, {"a": 1})
-    run.log({"step": 1, "train/loss": torch.tensor(1.0).item()})
+    report_to(run)(RECORDS[1])
+    report_to(None)(RECORDS[1])
     run.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
