@@ -46,6 +46,7 @@ def test_every_key_of_the_command_line_is_in_the_reference(recipe):
 
 
 def test_counts_and_links():
+    assert "@@" not in README
     for preset in ("tiny", "125m", "1b", "7b"):
         assert f"{fn.count(ModelConfig.preset(preset)):,}" in README
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", README):
