@@ -137,7 +137,7 @@ def draw(model: Subject) -> list[int]:
     generator = torch.Generator(model.batch.tokens.device).manual_seed(model.seed)
     window = model.batch.tokens[:1, :1]
     for _ in range(8):
-        logits = fn.forward(model.params, window, model.config)[:, -1]
+        logits = fn.forward(model.params, window[:, -model.config.max_seq_len :], model.config)[:, -1]
         window = torch.cat([window, fn.sample_token(logits, generator).unsqueeze(-1)], dim=-1)
     return window[0, 1:].tolist()
 

@@ -47,14 +47,18 @@ def save_run(
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_pretrained(temporary, params, config)
-    torch.save({name: leaf.cpu() for name, leaf in named_leaves(optimizer).items()}, temporary / OPTIMIZER_FILE)
-    (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2) + "\n", encoding="utf-8")
-    extras(temporary)
+    try:
+        save_pretrained(temporary, params, config)
+        torch.save({name: leaf.cpu() for name, leaf in named_leaves(optimizer).items()}, temporary / OPTIMIZER_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2) + "\n", encoding="utf-8")
+        extras(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():
         shutil.rmtree(final)
     os.replace(temporary, final)
-    for old in checkpoints(folder)[:-keep]:
+    for old in [path for path in checkpoints(folder) if path != final][: 1 - keep or None]:
         shutil.rmtree(old)
     return final
 
@@ -83,6 +87,8 @@ def load_run(path: Path, optimizer: Callable[[LMParams], Any], device: torch.dev
         raise ValueError(f"{path / OPTIMIZER_FILE}: damaged or of another model ({error})") from None
     try:
         trainer_state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("step"), int):
+            raise ValueError("it names no step")
     except ValueError as error:
-        raise ValueError(f"{path / STATE_FILE}: not JSON ({error})") from None
+        raise ValueError(f"{path / STATE_FILE}: damaged ({error})") from None
     return Run(params, config, state, trainer_state)

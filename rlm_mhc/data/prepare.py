@@ -69,6 +69,8 @@ def prepare(
     train, evaluation = (windows(read_tokens(folder / f"{part}.bin", dtype), max_length) for part in ("train", "eval"))
     if train.total < 1:
         raise ValueError(f"{source.name}: it holds no text to train on")
+    if evaluation.total < 1 and eval_source is not None:
+        raise ValueError(f"{eval_source.name}: it holds no text to evaluate on")
     if evaluation.total < 1:
         train, evaluation = hold_out(train)
     return Prepared(train, evaluation, made)
@@ -95,7 +97,10 @@ def _write_tokens(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).unlink(missing_ok=True)
     counts = {"documents": 0, "train": 0, "eval": 0}
-    with (folder / "train.bin").open("wb") as train, (folder / "eval.bin").open("wb") as evaluation:
+    parts = [folder / "train.bin", folder / "eval.bin"]
+    # A run that still maps the former files keeps them: they are replaced, not overwritten.
+    temporary = [part.with_name(part.name + ".tmp") for part in parts]
+    with temporary[0].open("wb") as train, temporary[1].open("wb") as evaluation:
         for index, ids in enumerate(_encoded(source, tokenizer, dtype, "tokenizing")):
             held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             part, file = ("eval", evaluation) if held_out else ("train", train)
@@ -103,6 +108,8 @@ def _write_tokens(
             counts["documents"] += 1
         if eval_source is not None:
             counts["eval"] = write_tokens(evaluation, _encoded(eval_source, tokenizer, dtype, "tokenizing eval"))
+    for written, final in zip(temporary, parts, strict=True):
+        os.replace(written, final)
     return counts
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst")
+SUFFIXES = (".jsonl", ".json", ".gz", ".zst")
 
 
 class Source(NamedTuple):
@@ -78,6 +78,7 @@ def find_files(path: str, key: str = "data.train_path") -> list[str]:
         FileNotFoundError: when there is none.
         ValueError: on a single file with an unknown ending.
     """
+    path = os.path.expanduser(path)
     if os.path.isdir(path):
         found = [f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if f.endswith(SUFFIXES)]
         if not found:
@@ -96,8 +97,8 @@ def find_files(path: str, key: str = "data.train_path") -> list[str]:
 def _read_file(file: str, text_field: str) -> Iterator[str]:
     number = 0
     for number, line in enumerate(_lines(file), start=1):
-        if line.strip():
-            yield _document(line, text_field, f"{file}, line {number}")
+        if line.strip("\ufeff \t\r\n"):
+            yield _document(line.removeprefix("\ufeff"), text_field, f"{file}, line {number}")
     if number == 0:
         raise ValueError(f'{file}: the file is empty; expected one JSON object per line, {{"{text_field}": "…"}}')
 
@@ -111,11 +112,13 @@ def _lines(file: str) -> Iterator[str]:
         return
     try:
         # Lines as text, not datasets' JSON reader: that one cannot say which line is wrong.
-        rows: Any = load_dataset("text", data_files=[file], split="train", streaming=True)
+        rows: Any = load_dataset("text", data_files=[glob.escape(file)], split="train", streaming=True)
         for batch in rows.iter(batch_size=1000):
             yield from batch["text"]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text but binary data (byte {error.start}); expected JSON lines") from None
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{file}: not UTF-8 text but binary, compressed or in another encoding; expected JSON lines in UTF-8"
+        ) from None
     except (OSError, EOFError, RuntimeError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); is it damaged or compressed under a wrong name?") from None
     except Exception as error:

@@ -1,6 +1,5 @@
 """Causal self-attention with grouped heads."""
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float

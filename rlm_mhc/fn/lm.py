@@ -68,7 +68,13 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
 
 
 def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Tensor:
-    """The embedding of each token, repeated as `mhc_flows` equal streams where mHC is on."""
+    """The embedding of each token, repeated as `mhc_flows` equal streams where mHC is on.
+
+    Raises:
+        ValueError: when the parameters have mHC weights and the config has none, or the other way round.
+    """
+    if params.layers and bool(params.layers[0].attn_mhc) != config.mhc_enabled:
+        raise ValueError(f"mhc_enabled={config.mhc_enabled}: the parameters are those of the opposite")
     x = F.embedding(tokens, params.embed_tokens.weight)
     return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
 

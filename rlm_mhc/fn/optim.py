@@ -35,6 +35,7 @@ def adamw_init(params: Any) -> AdamWState:
     )
 
 
+@torch.no_grad()
 def adamw(
     params: Tree,
     grads: Tree,
@@ -72,7 +73,7 @@ def adamw(
     others = map(spec.flatten_up_to, (grads, state.exp_avg, state.exp_avg_sq, decay))
     rows = list(zip(leaves, *others, strict=True))
     for decayed, rate in ((True, weight_decay), (False, 0.0)):
-        chosen = [row[:4] for row in rows if row[4] is decayed]
+        chosen = [row[:4] for row in rows if bool(row[4]) == decayed]
         if not chosen:
             continue
         values, gradients, exp_avgs, exp_avg_sqs = map(list, zip(*chosen, strict=True))

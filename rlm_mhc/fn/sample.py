@@ -32,5 +32,5 @@ def sample_token(
     if top_k is not None and top_k < logits.shape[-1]:
         lowest = scaled.topk(top_k, dim=-1).values[..., -1:]
         scaled = scaled.masked_fill(scaled < lowest, -torch.inf)
-    drawn = torch.multinomial(scaled.softmax(-1).flatten(0, -2), 1, generator=generator)
+    drawn = torch.multinomial(scaled.softmax(-1).reshape(-1, logits.shape[-1]), 1, generator=generator)
     return drawn.view(logits.shape[:-1])

@@ -54,7 +54,9 @@ def start_wandb(config: WandbConfig, folder: Path, run: dict[str, Any]) -> Any:
         raise ValueError(
             f"training.wandb.project={config.project}: wandb is not installed; pip install wandb, or leave it out"
         ) from None
-    mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and not _logged_in():
+        mode = "offline"  # online without a login would ask for one, and wait
     for attempt in (mode, "offline"):
         try:
             return wandb.init(

@@ -64,11 +64,11 @@ def train(
             state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
             last = number == training.max_steps
             evaluated, saved = (last or number % every == 0 for every in (training.eval_steps, training.save_steps))
-            if evaluated or number == 1 or number % training.logging_steps == 0:
+            if evaluated or saved or number == 1 or number % training.logging_steps == 0:
                 record = _record(number, metrics, plan) | speed.read(number)
-                _require_finite(record)
                 if evaluated:
                     record["eval/loss"] = evaluate(state, run, data)
+                _require_finite(record)
                 session.write(record)
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
@@ -176,7 +176,8 @@ def _postfix(record: dict[str, Any]) -> str:
 
 
 def _require_finite(record: dict[str, Any]) -> None:
-    if not (math.isfinite(record["train/loss"]) and math.isfinite(record["grad_norm"])):
+    losses = (record["train/loss"], record["grad_norm"], record.get("eval/loss") or 0.0)
+    if not all(map(math.isfinite, losses)):
         raise ValueError(
             f"the loss or gradient is not finite at step {record['step']} (loss {record['train/loss']}, gradient norm "
             f"{record['grad_norm']}); lower training.optimizer.lr or lengthen training.scheduler.warmup_steps, "

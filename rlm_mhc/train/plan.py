@@ -1,6 +1,7 @@
 """What a run is about to do and what it needs, said before it starts."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ def _activations(config: ModelConfig, batch_size: int, length: int, compute: tor
         tokens = torch.zeros(batch_size, length, dtype=torch.int64)
         hidden = embed(params, tokens, config)
         cos, sin = positions(tokens, config)
-        weights = {id(w) for w in tree_leaves(params)}
+        weights = {w.untyped_storage()._cdata for w in tree_leaves(params)}
 
         def layer() -> Tensor:
             return block(params.layers[0], hidden, cos, sin, config).hidden
@@ -117,17 +118,17 @@ def _shapes(config: ModelConfig, compute: torch.dtype) -> LMParams:
     return init(config.replace(num_layers=1), device="meta", dtype=compute)
 
 
-def _kept(run: object, weights: set[int]) -> int:
+def _kept(run: Callable[[], Tensor], weights: set[int]) -> int:
     storages: dict[object, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        if id(x) not in weights:
-            storage = x.untyped_storage()
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
             storages[storage._cdata] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = run()  # type: ignore[operator]
+        result = run()
     del result
     return sum(storages.values())
 

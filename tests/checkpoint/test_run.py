@@ -31,6 +31,16 @@ def test_the_oldest_go_first_and_numbers_are_not_sorted_as_words(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
 
 
+def test_the_one_just_written_stays_even_if_later_ones_are_there(tmp_path):
+    for step in (600, 900):
+        save(tmp_path, step)
+    path, *_ = save(tmp_path, 400, keep=2)
+    assert path.is_dir()
+    assert len(checkpoints(tmp_path)) == 2
+    path, *_ = save(tmp_path, 500, keep=1)
+    assert checkpoints(tmp_path) == [path]
+
+
 def test_saving_again_replaces(tmp_path):
     save(tmp_path, 3)
     path, params, _ = save(tmp_path, 3)
@@ -45,7 +55,7 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path):
     params = fn.init(config)
     with pytest.raises(OSError, match="disk full"):
         save_run(tmp_path, params, config, fn.adamw_init(params), {"step": 1}, keep=1, extras=fail)
-    assert checkpoints(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_run_files_are_named(tmp_path):

@@ -42,6 +42,7 @@ def test_sampling():
     drawn = fn.sample_token(logits, generator)
     shares = drawn.bincount(minlength=4) / 5000
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
+    assert fn.sample_token(logits[0], generator).shape == ()
     assert set(fn.sample_token(logits, generator, top_k=2).tolist()) == {1, 2}
     assert set(fn.sample_token(logits, temperature=0.0).tolist()) == {1}
     assert set(fn.sample_token(logits, top_k=99).tolist()) <= {0, 1, 2, 3}

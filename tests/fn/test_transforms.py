@@ -97,6 +97,13 @@ def test_a_sequence_longer_than_the_model_is_refused():
         fn.forward(fn.init(config), torch.zeros(1, 5, dtype=torch.int64), config)
 
 
+def test_parameters_of_another_kind_are_refused():
+    tokens = torch.zeros(1, 5, dtype=torch.int64)
+    for mhc in (True, False):
+        with pytest.raises(ValueError, match="mhc_enabled"):
+            fn.forward(fn.init(small_config(mhc_enabled=mhc)), tokens, small_config(mhc_enabled=not mhc))
+
+
 def test_kernels_are_an_argument():
     config, calls = small_config(), []
 
