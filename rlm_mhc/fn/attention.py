@@ -19,6 +19,7 @@ def causal_attention(
 
     Query head `i` reads key/value head `i // (h / kv)`. Runs `F.scaled_dot_product_attention`.
 
+    >>> import torch
     >>> causal_attention(*[torch.ones(1, 2, 3, 4)] * 3).shape
     torch.Size([1, 2, 3, 4])
     """
@@ -38,7 +39,7 @@ def self_attention(
 ) -> Float[Tensor, "*b s c"]:
     """Project to heads of width `2 · cos.shape[-1]`, rotate queries and keys, attend causally, project back.
 
-    >>> from rlm_mhc import fn, ModelConfig
+    >>> import torch; from rlm_mhc import fn, ModelConfig
     >>> layer = fn.init(ModelConfig.preset("tiny")).layers[0]
     >>> fn.self_attention(layer.self_attn, torch.randn(1, 7, 128), *fn.rotary_table(torch.arange(7), 32)).shape
     torch.Size([1, 7, 128])
