@@ -3,15 +3,14 @@
 import dataclasses
 import textwrap
 
-from rlm_mhc.checkpoint import load_run
-from rlm_mhc.data import Position, prepare
-from rlm_mhc.fn import adamw_init
-from rlm_mhc.program import init_train_state, make_train_step
-from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.checkpoint import checkpoints
+from rlm_mhc.data import prepare
+from rlm_mhc.program import make_train_step
 from rlm_mhc.train import RunConfig, command, make_plan, open_output, pick_device, train
 from rlm_mhc.train.device import check_compiler
-from rlm_mhc.train.log import MetricsLog, report_to, start_wandb
-from rlm_mhc.train.output import METRICS_FILE, begin_output
+from rlm_mhc.train.log import MetricsLog, report_to, require_wandb, start_wandb
+from rlm_mhc.train.output import CHECKPOINTS, METRICS_FILE, begin_output
+from rlm_mhc.train.start import starting_point
 from rlm_mhc.train.text import sample_text
 
 
@@ -19,6 +18,7 @@ def main(run: RunConfig) -> None:
     """One run, from the first line of the plan to the last checkpoint."""
     device = pick_device(run.device)
     check_compiler(device, run.training.compile)
+    require_wandb(run.training.wandb)
     source, eval_source = run.data.sources()
 
     plan = make_plan(run.model, run.training, run.data.max_length, device)
@@ -26,34 +26,26 @@ def main(run: RunConfig) -> None:
     plan.require_memory()
 
     checkpoint = open_output(run)
+    # A tokenizer trained anew on other data would give the same ids to other words.
+    tokenizer = str(checkpoint) if checkpoint and run.data.tokenizer == "auto" else run.data.tokenizer
     print(f"data         {source.name}", flush=True)
     data = prepare(
         run.token_folder,
         source,
         eval_source,
-        tokenizer=run.data.tokenizer,
+        tokenizer=tokenizer,
         vocab_size=run.model.vocab_size,
         max_length=run.data.max_length,
     )
-    if data.evaluation.total == 0:
-        print("eval         nothing could be held out of so little text; no eval/loss", flush=True)
+    start = starting_point(run, checkpoint, data, device)
 
-    position = Position(run.seed)
-    if checkpoint is None:
-        state = init_train_state(run.model, run.training, seed=run.seed, device=device)
-    else:
-        saved = load_run(checkpoint, adamw_init, device)
-        if saved.config != run.model:
-            raise ValueError(f"{checkpoint}: a model of another shape than model.*; use the same model keys")
-        state = resume_train_state(saved.params, saved.optimizer, saved.trainer_state["step"])
-        position = Position(**saved.trainer_state["position"])
-        print(f"resumed      {checkpoint}, step {int(state.step)}", flush=True)
-
-    folder = begin_output(run, resumed=checkpoint is not None)
+    folder = begin_output(run, checkpoint)
     wandb_run = start_wandb(run.training.wandb, folder, dataclasses.asdict(run))
-    log = MetricsLog(folder / METRICS_FILE, int(state.step))
+    log = MetricsLog(folder / METRICS_FILE, int(start.state.step))
     step = make_train_step(run.model, run.training, donate=True)
-    state = train(run, state, position, step, data, plan, log, report=report_to(wandb_run))
+    if start.state.step >= run.training.max_steps:
+        print(f"nothing left: training.max_steps={run.training.max_steps} are done", flush=True)
+    state = train(run, start, step, data, plan, log, report=report_to(wandb_run))
     log.close()
     if wandb_run:
         wandb_run.finish()
@@ -65,7 +57,8 @@ def main(run: RunConfig) -> None:
         "sample text:\n"
         + textwrap.indent(sample_text(state.params, run.model, data.tokenizer, "The", seed=run.seed), "    ")
     )
-    print(f"written to   {folder} (curves.png, metrics.jsonl, checkpoints/checkpoint-{int(state.step)})")
+    newest = (checkpoints(folder / CHECKPOINTS) or [checkpoint])[-1]
+    print(f"written to   {folder} (curves.png, metrics.jsonl); newest checkpoint: {newest}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ class ModelConfig:
     mhc_enabled: bool = True
     mhc_flows: int = at_least(1, 4)
     mhc_sinkhorn_iters: int = at_least(1, 20)
-    mhc_preset: str = one_of("paper", later=("deepseek_v4", "single_pass", "identity", "hc"))
+    mhc_preset: str = one_of(
+        "paper", later=("deepseek_v4", "single_pass", "identity", "hc", "lite", "kron", "orthostochastic")
+    )
 
     def __post_init__(self) -> None:
         check(self)

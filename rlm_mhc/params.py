@@ -170,10 +170,13 @@ def _mhc(config: ModelConfig) -> MHCParams | tuple[()]:
     # Sinkhorn of k·identity has diagonal e^k / (e^k + n - 1): solved for k.
     k = math.log(RES_DIAGONAL_INIT / (1 - RES_DIAGONAL_INIT) * (n - 1)) if n > 1 else 0.0
     res = tuple(k if i == j else 0.0 for i in range(n) for j in range(n))
+    # sigmoid(b) = 1/n: equal streams are averaged, so that with alpha = 0 this is the plain transformer exactly.
+    # Any other sum of `pre` scales the input of the pre-norm, which hides a scale only up to its eps.
+    pre = (-math.log(n - 1) if n > 1 else 0.0,) * n
     return MHCParams(
         phi=WeightSpec((n * config.hidden_dim, size), std=INIT_STD, decay=True, fp32=True),  # type: ignore[arg-type]
         alpha=WeightSpec((3,), mean=ALPHA_INIT, fp32=True),  # type: ignore[arg-type]
-        bias=WeightSpec((size,), mean=(0.0,) * (2 * n) + res, fp32=True),  # type: ignore[arg-type]
+        bias=WeightSpec((size,), mean=pre + (0.0,) * n + res, fp32=True),  # type: ignore[arg-type]
     )
 
 
@@ -182,7 +185,8 @@ def init(
 ) -> LMParams:
     """The parameter tree with its initial values: `N(0, 0.02²)` matrices, unit norms, `res` close to the identity.
 
-    Output projections have `0.02 / sqrt(2 · num_layers)`; mHC weights are fp32 (fp64 under `dtype=torch.float64`).
+    Output projections have `0.02 / sqrt(2 · num_layers)`; streams start averaged (`pre = 1/n`) and `post = 1`.
+    mHC weights are fp32 (fp64 under `dtype=torch.float64`).
     Values depend on `seed` and each weight's name alone. `device="meta"` gives shapes without memory.
 
     >>> init(ModelConfig.preset("tiny")).layers[0].attn_mhc.alpha

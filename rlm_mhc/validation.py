@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LARGEST = 1 << 63
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -111,6 +112,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable) or len(items := list(value)) != size:
             raise ValueError(f"{name}={value!r}: expected {size} numbers, such as [0.9, 0.95]")
         return tuple(_typed(name, item, float) for item in items)
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise ValueError(f"{name}={str(value)[:20]}…: too large; expected a number below 2⁶³")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

@@ -14,8 +14,3 @@ def no_shape_checks():
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="session")
-def inductor_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("inductor")

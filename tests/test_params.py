@@ -46,7 +46,7 @@ def test_initial_values_follow_the_table():
     assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
     assert torch.equal(layer.input_layernorm.weight, torch.ones(256))
     pre, post, res = layer.attn_mhc.bias.split([4, 4, 16])
-    assert torch.equal(pre, torch.zeros(4))
+    torch.testing.assert_close(pre.sigmoid(), torch.full((4,), 0.25))
     assert torch.equal(post, torch.zeros(4))
     assert fn.sinkhorn_knopp(res.view(4, 4)).diagonal().min() >= 0.99
 

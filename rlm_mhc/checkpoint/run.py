@@ -42,22 +42,31 @@ def save_run(
 
     The files go to a temporary sibling that is renamed when all are there, so a folder by that name is whole.
     `trainer_state` must hold `step` and only JSON values; `extras(path)` adds files of the caller's own.
+
+    Raises:
+        OSError: when it cannot be written, the disk being full for one; nothing of it is left then.
     """
+    from safetensors import SafetensorError
+
     final = folder / f"checkpoint-{trainer_state['step']}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, aside = folder / f".{final.name}.tmp", folder / f".{final.name}.old"
+    for stale in (*folder.glob(".checkpoint-*.tmp"), *folder.glob(".checkpoint-*.old")):
+        shutil.rmtree(stale)  # of a killed run
     temporary.mkdir(parents=True)
     try:
         save_pretrained(temporary, params, config)
         torch.save({name: leaf.cpu() for name, leaf in named_leaves(optimizer).items()}, temporary / OPTIMIZER_FILE)
         (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2) + "\n", encoding="utf-8")
         extras(temporary)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (RuntimeError, SafetensorError)):  # what torch and safetensors make of a full disk
+            raise OSError(f"{final}: cannot be written ({' '.join(str(error).split())[:200]})") from None
         raise
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, aside)
     os.replace(temporary, final)
+    shutil.rmtree(aside, ignore_errors=True)
     for old in [path for path in checkpoints(folder) if path != final][: 1 - keep or None]:
         shutil.rmtree(old)
     return final

@@ -25,7 +25,7 @@ def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = 
     Within an epoch every window is drawn once.
 
     Raises:
-        ValueError: when there is no window.
+        ValueError: when there is no window, or the position lies outside the data.
 
     >>> from rlm_mhc.data.packing import windows
     >>> batch, position = next_batch(windows(np.arange(41), 4), Position(seed=0, offset=8), 4)
@@ -34,6 +34,8 @@ def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = 
     """
     if data.total < 1:
         raise ValueError("the data holds fewer than two tokens, so there is nothing to predict")
+    if not 0 <= position.offset < data.total:
+        raise ValueError(f"{position}: outside the data, which holds {data.total} windows")
     rows = []
     seed, epoch, offset = position
     for _ in range(size):

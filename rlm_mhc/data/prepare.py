@@ -1,5 +1,6 @@
 """Tokenizer and token files of a run, made once and reused while data and tokenizer are unchanged."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,11 +22,13 @@ FORMAT = 1
 
 
 class Prepared(NamedTuple):
-    """Windows to train on and to evaluate on (possibly none), and the tokenizer they were made with."""
+    """Windows to train on and to evaluate on (possibly none), the tokenizer they were made with, and a fingerprint
+    of the training windows: where it is the same, so is each window."""
 
     train: Windows
     evaluation: Windows
     tokenizer: Any
+    fingerprint: str
 
 
 def prepare(
@@ -59,21 +62,27 @@ def prepare(
     key = [FORMAT, *sources, tokenizer_fingerprint(made)]
     dtype = token_dtype(len(made))
     meta = _read_meta(folder)
-    if meta.get("key") != key:
+    if not _written(folder, meta, key, dtype):
         meta = _write_tokens(folder, source, eval_source, made, dtype) | {"key": key}
         _write_atomically(folder / META_FILE, json.dumps(meta, indent=2).encode())
         origin = f"from {meta['documents']:,} documents"
     else:
         origin = f"reused from {folder}"
-    say(f"tokens       {meta['train']:,} to train on, {meta['eval']:,} held out, {origin}")
     train, evaluation = (windows(read_tokens(folder / f"{part}.bin", dtype), max_length) for part in ("train", "eval"))
-    if train.total < 1:
+    own = meta["train"] + (meta["eval"] if eval_source is None else 0)
+    if own <= meta["documents"]:  # ends of text alone
         raise ValueError(f"{source.name}: it holds no text to train on")
     if evaluation.total < 1 and eval_source is not None:
         raise ValueError(f"{eval_source.name}: it holds no text to evaluate on")
     if evaluation.total < 1:
         train, evaluation = hold_out(train)
-    return Prepared(train, evaluation, made)
+    held_out = (
+        f"{evaluation.total:,} windows for eval/loss" if evaluation.total else "too few to hold any out: no eval/loss"
+    )
+    tokens = meta["train"] + meta["eval"]
+    say(f"tokens       {tokens:,} {origin}: {train.total:,} windows of {max_length} to train on, {held_out}")
+    fingerprint = hashlib.sha256(json.dumps([key, max_length, train.total]).encode()).hexdigest()[:16]
+    return Prepared(train, evaluation, made, fingerprint)
 
 
 def _tokenizer(folder: Path, source: Source, name: str, vocab_size: int, say: Callable[[str], object]) -> Any:
@@ -118,6 +127,14 @@ def _encoded(source: Source, tokenizer: Any, dtype: np.dtype, what: str) -> Iter
         for ids in encode_documents(source.read(), tokenizer, dtype):
             bar.update(len(ids))
             yield ids
+
+
+def _written(folder: Path, meta: dict[str, Any], key: list[Any], dtype: np.dtype) -> bool:
+    """Whether the token files are there, whole, and of this key."""
+    if meta.get("key") != key:
+        return False
+    files = ((folder / f"{part}.bin", meta[part] * dtype.itemsize) for part in ("train", "eval"))
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Causal self-attention with grouped heads."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -24,7 +26,8 @@ def causal_attention(
     torch.Size([1, 2, 3, 4])
     """
     if forward_ad._current_level >= 0:
-        # Inside jvp: PyTorch's fused attention has no forward-mode derivative, its plain formula has.
+        # Inside jvp: PyTorch's fused attention has no forward-mode derivative, its plain formula has. PyTorch shows
+        # the level of forward mode under no public name.
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
@@ -35,7 +38,7 @@ def self_attention(
     x: Float[Tensor, "*b s c"],
     cos: RotaryTable,
     sin: RotaryTable,
-    attention: object = causal_attention,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention,
 ) -> Float[Tensor, "*b s c"]:
     """Project to heads of width `2 · cos.shape[-1]`, rotate queries and keys, attend causally, project back.
 
@@ -48,5 +51,5 @@ def self_attention(
         rearrange(F.linear(x, w.weight), "... s (h d) -> ... h s d", d=2 * cos.shape[-1])
         for w in (params.q_proj, params.k_proj, params.v_proj)
     )
-    out = attention(rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v)  # type: ignore[operator]
+    out = attention(rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v)
     return F.linear(rearrange(out, "... h s d -> ... s (h d)"), params.o_proj.weight)

@@ -65,8 +65,9 @@ def mhc_mappings(params: MHCParams, streams: Streams, *, num_iters: int = 20, ep
 def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: float) -> Float[Tensor, "*b m"]:
     wide = widen(flat)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    # Dividing after the product is the same, and a kernel needs only one pass over the streams for it.
-    return scale * (wide @ phi.to(wide.dtype))
+    with torch.autocast(flat.device.type, enabled=False):
+        # Dividing after the product is the same, and a kernel needs only one pass over the streams for it.
+        return scale * (wide @ phi.to(wide.dtype))
 
 
 def _scale_and_shift(raw: Float[Tensor, "*b m"], alpha: Float[Tensor, " 3"], bias: Float[Tensor, " m"]) -> list[Tensor]:

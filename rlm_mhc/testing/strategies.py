@@ -1,4 +1,4 @@
-"""Hypothesis strategies: configs, logits, documents. Needs the `dev` extra."""
+"""Hypothesis strategies: configs and logits. Needs the `dev` extra."""
 
 from typing import Any
 
@@ -38,6 +38,3 @@ def square_logits(draw: Any, scale: float | None = None, dtype: torch.dtype = to
     scale = scale if scale is not None else draw(st.sampled_from([0.1, 1.0, 10.0, 1e3, 3e4]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     return scale * torch.randn(*batch, n, n, generator=generator, dtype=dtype)
-
-
-documents = st.lists(st.text(max_size=40), min_size=1, max_size=12)

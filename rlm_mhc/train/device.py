@@ -1,6 +1,9 @@
 """The device of a run, and what it has: memory, and the rate of its matrix products."""
 
+import importlib.util
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -8,13 +11,16 @@ import torch
 
 MEMORY_ADVICE = "use a smaller model, a smaller training.batch_size, a shorter data.max_length, or more devices"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Dense bf16 rates that the makers name; the first pattern that fits the device's name counts.
 DENSE_BF16_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+    r"\bB200\b": 2250e12,
+    r"\bH200\b": 989e12,
+    r"\bH100 PCIe\b": 756e12,
+    r"\bH100 NVL\b": 835e12,
+    r"\bH100\b": 989e12,
+    r"\bA100\b": 312e12,
+    r"\bL40S\b": 362e12,
+    r"\bRTX 4090\b": 165e12,
 }
 
 
@@ -37,12 +43,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_compiler(device: torch.device, wanted: bool) -> None:
-    """Refuse `training.compile=true` on a CPU without a C++ compiler, before anything is spent.
+    """Refuse `training.compile=true` without the compiler that it needs, before anything is spent.
 
     Raises:
         ValueError: when there is none.
     """
-    if not wanted or device.type != "cpu":
+    if not wanted:
+        return
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None or not (
+            os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        ):
+            raise ValueError(
+                "training.compile=true needs triton and a C compiler (gcc or clang) on a CUDA device; "
+                "install them or use training.compile=false"
+            )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -79,23 +94,25 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a `1024³` matrix product, the best of several runs, measured now."""
-    a, b = (torch.randn(1024, 1024, device=device).to(dtype) for _ in range(2))
+    """Floating-point operations per second of a square matrix product, the best of several runs, measured now."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(20):
         start = time.perf_counter()
         c = a @ b
         if device.type == "cuda":
-            c[0, 0].item()
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    del c
+    return 2 * size**3 / best
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """What `mfu` is counted against: the maker's dense bf16 figure where known, else the measured product rate."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, rate in DENSE_BF16_FLOPS.items():
-            if name in torch.cuda.get_device_name(device):
+            if re.search(name, torch.cuda.get_device_name(device)):
                 return rate, f"{rate / 1e12:.0f} TFLOP/s by the maker"
     rate = product_rate(device, dtype)
     return rate, f"{rate / 1e9:,.0f} GFLOP/s measured now on a matrix product"

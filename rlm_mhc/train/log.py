@@ -1,5 +1,6 @@
 """Where metrics go: `metrics.jsonl`, and wandb where a project is named."""
 
+import importlib.util
 import json
 import netrc
 import os
@@ -37,23 +38,28 @@ class MetricsLog:
         self._file.close()
 
 
+def require_wandb(config: WandbConfig) -> None:
+    """Refuse a project without the library to log there, before anything is spent.
+
+    Raises:
+        ValueError: when a project is named and wandb is not installed.
+    """
+    if config.project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"training.wandb.project={config.project}: wandb is not installed; pip install wandb, or leave it out"
+        )
+
+
 def start_wandb(config: WandbConfig, folder: Path, run: dict[str, Any]) -> Any:
     """A wandb run, or None where no project is named.
 
     Never prompts: the mode is `WANDB_MODE` where set, else online with a login and offline without one. A login
     that does not answer within 20 seconds falls back to offline.
-
-    Raises:
-        ValueError: when a project is named and wandb is not installed.
     """
     if config.project is None:
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            f"training.wandb.project={config.project}: wandb is not installed; pip install wandb, or leave it out"
-        ) from None
+    import wandb
+
     mode = os.environ.get("WANDB_MODE", "online")
     if mode == "online" and not _logged_in():
         mode = "offline"  # online without a login would ask for one, and wait

@@ -21,14 +21,14 @@ from rlm_mhc.train.log import MetricsLog
 from rlm_mhc.train.output import CHECKPOINTS, CONFIG_FILE, CURVES_FILE, write_config
 from rlm_mhc.train.plan import Plan
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.train.start import Start
 
 SECONDS_BETWEEN_PICTURES = 15.0
 
 
 def train(
     run: RunConfig,
-    state: TrainState,
-    position: Position,
+    start: Start,
     step: TrainStep,
     data: Prepared,
     plan: Plan,
@@ -39,8 +39,7 @@ def train(
 
     Args:
         run: the whole config.
-        state: where to start; with a donating `step` it must not be used afterwards.
-        position: of the next sequence in the data.
+        start: where to start; with a donating `step` its state must not be used afterwards.
         step: of `make_train_step`.
         data: what to train and evaluate on.
         plan: of `make_plan`, for tokens and operations per step.
@@ -50,34 +49,38 @@ def train(
     Raises:
         ValueError: when the loss is no longer finite.
     """
-    training, start = run.training, int(state.step)
+    training, (state, position, seen) = run.training, start
+    first = int(state.step)
+    seen -= first * plan.tokens_per_step
     device = state.params.norm.weight.device
     session = _Session(log, report, run, plan)
     speed = _Speed(plan)
-    if start == 0:
-        session.write({"step": 0, "tokens": 0, "eval/loss": evaluate(state, run, data)})
     if training.compile:
         print("compiling    once per machine and shape; the first step takes about a minute …", flush=True)
-    with tqdm(total=training.max_steps, initial=start, desc="training", unit="step") as bar:
-        for number in range(start + 1, training.max_steps + 1):
+    with tqdm(total=training.max_steps, initial=first, desc="training", unit="step") as bar:
+        for number in range(first + 1, training.max_steps + 1):
             batch, position = next_batch(data.train, position, training.sequences_per_step, shuffle=run.data.shuffle)
             state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
             last = number == training.max_steps
-            evaluated, saved = (last or number % every == 0 for every in (training.eval_steps, training.save_steps))
-            if evaluated or saved or number == 1 or number % training.logging_steps == 0:
-                record = _record(number, metrics, plan) | speed.read(number)
+            saved = last or number % training.save_steps == 0
+            evaluated = last or number == 1 or number % training.eval_steps == 0
+            drawn = False
+            if evaluated or saved or number % training.logging_steps == 0:
+                tokens = seen + number * plan.tokens_per_step
+                record = _record(number, tokens, metrics) | speed.read(number)
                 if evaluated:
                     record["eval/loss"] = evaluate(state, run, data)
                 _require_finite(record)
-                session.write(record)
+                drawn = session.write(record)
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
             if saved:
-                save(run, state, position, data.tokenizer, number * plan.tokens_per_step)
-            if evaluated or saved or number == start + 1:
-                # Neither these nor the first step, which compiles, say anything about speed.
+                save(run, state, position, data, seen + number * plan.tokens_per_step)
+            if evaluated or saved or drawn or number == first + 1:
+                # None of these, nor the first step, which compiles, says anything about speed.
                 speed.restart(number)
-    session.draw()
+    if first < training.max_steps:
+        session.draw()
     return state
 
 
@@ -97,17 +100,18 @@ def evaluate(state: TrainState, run: RunConfig, data: Prepared) -> float | None:
     return total.item() / max(counted, 1)
 
 
-def save(run: RunConfig, state: TrainState, position: Position, tokenizer: Any, tokens: int) -> Path:
+def save(run: RunConfig, state: TrainState, position: Position, data: Prepared, tokens: int) -> Path:
     """Write a checkpoint of everything that a resumed run needs."""
 
     def extras(folder: Path) -> None:
         write_config(run, folder / CONFIG_FILE)
-        tokenizer.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
 
     trainer_state = {
         "step": int(state.step),
         "tokens": tokens,
         "position": position._asdict(),
+        "data": data.fingerprint,
         "torch_version": torch.__version__,
     }
     return save_run(
@@ -130,11 +134,14 @@ class _Session:
         self.title = f"{self.picture.parent.name}: {plan.params:,} parameters"
         self.drawn = -math.inf
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> bool:
+        """Log a record; true where the picture was due as well, and drawn."""
         self.log.write(record)
         self.report(record)
-        if time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES:
+        due = time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES
+        if due:
             self.draw()
+        return due
 
     def draw(self) -> None:
         draw_curves(self.log.records, self.picture, self.title)
@@ -159,11 +166,11 @@ class _Speed:
         return {"tokens_per_sec": steps * self.plan.tokens_per_step, "mfu": mfu}
 
 
-def _record(number: int, metrics: dict[str, Tensor], plan: Plan) -> dict[str, Any]:
+def _record(number: int, tokens: int, metrics: dict[str, Tensor]) -> dict[str, Any]:
     names = {"loss": "train/loss", "lr": "train/lr"}
     values = torch.stack([value.detach().double().cpu() for value in metrics.values()]).tolist()
     named = {names.get(key, key): value for key, value in zip(metrics, values, strict=True)}
-    return {"step": number, "tokens": number * plan.tokens_per_step, **named}
+    return {"step": number, "tokens": tokens, **named}
 
 
 def _postfix(record: dict[str, Any]) -> str:

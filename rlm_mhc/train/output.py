@@ -38,10 +38,15 @@ def open_output(run: RunConfig) -> Path | None:
     return start
 
 
-def begin_output(run: RunConfig, *, resumed: bool) -> Path:
-    """Write `config.yaml`; a run that starts over first removes its predecessor's files, but not its tokens."""
+def begin_output(run: RunConfig, start: Path | None) -> Path:
+    """Write `config.yaml`, and remove what the run is to write anew: everything but the tokens, or where it goes on
+    from a checkpoint of the folder, the checkpoints after that one."""
     folder = Path(run.output_dir)
-    if run.overwrite and not resumed:
+    if start is not None and _inside(start, folder):
+        after = [path.resolve() for path in checkpoints(folder / CHECKPOINTS)]
+        for path in after[after.index(start.resolve()) + 1 :] if start.resolve() in after else ():
+            shutil.rmtree(path)
+    elif run.overwrite:
         for name in (METRICS_FILE, CURVES_FILE):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

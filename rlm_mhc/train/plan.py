@@ -54,15 +54,15 @@ def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: t
     """
     compute = COMPUTE_DTYPE[training.mixed_precision]
     total = count(config)
-    parts = _memory(config, training, length, compute)
     available = available_bytes(device)
+    parts = _memory(config, training, length, compute, available)
     tokens = training.sequences_per_step * length
     flops = flops_per_token(config, length) * tokens
     peak, basis = peak_rate(device, compute)
     seconds = training.max_steps * flops / (peak * TYPICAL_UTILISATION[device.type])
     kind = f"mHC with {config.mhc_flows} streams" if config.mhc_enabled else "plain residual"
     needed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-    lines = (
+    lines: tuple[str, ...] = (
         f"model        {total:,} parameters: {config.num_layers} layers, width {config.hidden_dim}, {kind}",
         f"device       {describe(device)}; peak {basis}",
         f"precision    {training.mixed_precision}{', compiled' if training.compile else ', not compiled'}",
@@ -75,6 +75,8 @@ def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: t
         f"time         about {_duration(seconds)} if {TYPICAL_UTILISATION[device.type]:.0%} of the peak is reached, "
         "and the progress bar will know better",
     )
+    if config.ffn_width % 16:
+        lines += (f"warning      model.ffn_dim={config.ffn_width} is no multiple of 16, which wastes tensor cores",)
     return Plan(total, tokens, flops, parts, available, peak, lines)
 
 
@@ -86,13 +88,18 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return 6 * multiplied + attention
 
 
-def _memory(config: ModelConfig, training: TrainConfig, length: int, compute: torch.dtype) -> dict[str, int]:
+def _memory(
+    config: ModelConfig, training: TrainConfig, length: int, compute: torch.dtype, available: int | None
+) -> dict[str, int]:
     masters = 4 * count(config)
     # The sum over microbatches, and beside it one microbatch's own or the clipped copy.
     parts = {"weights": masters, "gradients": 2 * masters, "optimizer": 2 * masters}
     if compute != torch.float32:
         parts["weights"] += size_bytes(init(config, device="meta", dtype=compute))
-    parts["activations"] = _activations(config, training.batch_size, length, compute)
+    least = config.num_layers * training.batch_size * length * config.hidden_dim * compute.itemsize
+    # Shapes that are out of the question need no tracing, and may be too large for it.
+    hopeless = available is not None and sum(parts.values()) + least > available
+    parts["activations"] = least if hopeless else _activations(config, training.batch_size, length, compute)
     return parts | {"runtime": RESERVED_BYTES}
 
 

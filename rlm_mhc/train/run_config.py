@@ -65,6 +65,8 @@ class RunConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.output_dir, int):  # the command line reads 2024 as a number
+            object.__setattr__(self, "output_dir", str(self.output_dir))
         check(self)
         if self.data.max_length > self.model.max_seq_len:
             raise ValueError(

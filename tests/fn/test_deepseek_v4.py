@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config as Config
 
 from rlm_mhc import fn
-
-v4 = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-Config = pytest.importorskip("transformers.models.deepseek_v4.configuration_deepseek_v4").DeepseekV4Config
 
 
 def twins(n, width, seed=0):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 from rlm_mhc import fn
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
 from rlm_mhc.tree import map_named, named_leaves
-
-transformers = pytest.importorskip("transformers")
 
 
 def llama(config, params):
@@ -39,10 +38,7 @@ def llama(config, params):
 
 
 def louder(params):
-    """Weights so large that every part of the network shows in the logits, and that the norms' eps does not.
-
-    The input of a sub-layer is n/2 times the plain one, which its norm hides up to eps.
-    """
+    """Weights so large that every part of the network shows in the logits."""
     return map_named(
         lambda name, w: w * (5 if "proj" in name else 25) if w.dim() == 2 and "mhc" not in name else w, params
     )
@@ -59,6 +55,18 @@ def test_logits_equal_llamas(tied, mhc):
         expected = llama(config, params)(tokens).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(fn.forward(params, tokens, config), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_logits_equal_llamas_at_initial_weights(n):
+    """Where embeddings are so small that a norm's eps shows: the aggregate must not scale its input."""
+    config = small_config(mhc_flows=n)
+    params = map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, fn.init(config))
+    tokens = random_batch(config, 3, 17).tokens
+    with torch.no_grad():
+        expected = llama(config, params)(tokens).logits
+    assert expected.std() > 0.05
+    torch.testing.assert_close(fn.forward(params, tokens, config), expected, atol=2e-6, rtol=0)
 
 
 def test_gradients_equal_llamas():

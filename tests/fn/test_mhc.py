@@ -81,3 +81,11 @@ def test_composite_gain_multiplies_in_the_order_of_the_layers():
     assert (forward.item(), backward.item()) == (9.0, 5.0)
     with pytest.raises(ValueError, match="at least one layer"):
         fn.composite_gain(torch.zeros(0, 2, 2))
+
+
+def test_mappings_stay_fp32_under_autocast():
+    params, streams = random_params(4, 32), torch.randn(3, 4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = fn.mhc_mappings(params, streams)
+    for actual, expected in zip(mixed, fn.mhc_mappings(params, streams), strict=True):
+        assert torch.equal(actual, expected)

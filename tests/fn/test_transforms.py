@@ -81,6 +81,26 @@ def test_one_compiled_graph_of_loss_and_gradient_agrees():
     assert_trees_close(grads, expected, 1e-4, floor=1e-2 * largest)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_compiled_gradients_per_example_and_directional_derivatives_agree():
+    config = small_config(num_layers=1, mhc_flows=2, mhc_sinkhorn_iters=2)
+    params, batch, tangent = fn.init(config), random_batch(config, 2, 8, ignored=0.3), fn.init(config, seed=1)
+
+    def each(params, batch):
+        return vmap(grad(fn.loss), in_dims=(None, 0, None))(params, batch, config)
+
+    def slope(params, tangent):
+        return jvp(lambda p: fn.loss(p, batch, config), (params,), (tangent,))
+
+    for function, arguments in ((each, (params, batch)), (slope, (params, tangent))):
+        expected = function(*arguments)
+        largest = max(g.abs().max().item() for g in tree_leaves(expected))
+        actual = torch.compile(function, fullgraph=True)(*arguments)
+        assert_trees_close(actual, expected, 1e-4, floor=1e-2 * largest)
+
+
 def test_loss_counts_only_counted_targets():
     config = small_config()
     params, batch = fn.init(config), random_batch(config, 2, 7, ignored=0.5)

@@ -39,6 +39,10 @@ MISTAKES = {
     "data.tokenizer=/nowhere": ["data.tokenizer=/nowhere", "cannot be loaded"],
     "seed": ["'seed'", "key=value"],
     "model.hidden_dim={": ["model.hidden_dim={", "key=value"],
+    f"model.vocab_size={10**400}": ["model.vocab_size=1000", "too large"],
+    f"training.optimizer.lr={10**400}": ["training.optimizer.lr=1000", "too large"],
+    "seed=9999999999999999999999": ["seed=9999999999", "too large"],
+    "training.wandb.project=7": ["training.wandb.project=7", "a string"],
     "resume=always": ["resume='always'", "never, auto"],
 }
 
@@ -79,15 +83,24 @@ def test_a_checkpoint_of_another_shape_or_damaged(pretrain, corpus, tmp_path):
     resume = [*common, f"output_dir={tmp_path / 'b'}", f"+resume_from_checkpoint={checkpoint}"]
     other = pretrain(*resume, "model.num_layers=3")
     assert other.code == 2
-    assert "another shape" in other.last_error
+    assert "it has num_layers=2, model.num_layers is 3" in other.last_error
     (checkpoint / "model.safetensors").write_bytes(b"12345678")
     damaged = pretrain(*resume)
     assert damaged.code == 2
     assert "model.safetensors: damaged" in damaged.last_error
 
 
-def test_a_model_that_cannot_fit_is_stopped_with_advice(pretrain, tmp_path):
-    result = pretrain(f"output_dir={tmp_path / 'run'}", "model.hidden_dim=65536", "model.num_layers=200")
+@pytest.mark.parametrize(
+    "size",
+    [
+        "model.hidden_dim=65536",
+        "model.hidden_dim=4000000000000",
+        "model.vocab_size=9000000000000000000",
+        "training.batch_size=1e9",
+    ],
+)
+def test_a_model_that_cannot_fit_is_stopped_with_advice(pretrain, tmp_path, size):
+    result = pretrain(f"output_dir={tmp_path / 'run'}", size.replace("1e9", "1000000000"), "model.num_layers=200")
     assert result.code == 2
     assert "GiB" in result.last_error
     assert "smaller model" in result.last_error

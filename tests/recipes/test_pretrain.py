@@ -37,11 +37,12 @@ def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tm
     assert "parameters" in result.out
     assert "sample text" in result.out
     rows = records(out)
-    assert [r["step"] for r in rows] == list(range(9))
-    assert all(row.keys() >= LOGGED for row in rows[1:])
-    assert rows[2].keys() >= {"tokens_per_sec", "mfu", "eval/loss"}
+    assert [r["step"] for r in rows] == list(range(1, 9))
+    assert all(row.keys() >= LOGGED for row in rows)
+    assert rows[2].keys() >= {"tokens_per_sec", "mfu"}
+    assert [r["step"] for r in rows if "eval/loss" in r] == [1, 2, 4, 6, 8]
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.2
-    assert rows[3]["tokens"] == 3 * 2 * 2 * 16
+    assert rows[2]["tokens"] == 3 * 2 * 2 * 16
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["model"]["hidden_dim"] == 32
@@ -95,7 +96,8 @@ def test_a_resumed_run_equals_one_never_stopped(pretrain, corpus, tmp_path, how)
     assert_trees_close(a.optimizer, b.optimizer, 0.0)
     assert a.trainer_state == b.trainer_state
     steps = [r["step"] for r in records(cut)]
-    assert steps == (list(range(7)) if how == "auto" else [4, 5, 6])
+    assert steps == (list(range(1, 7)) if how == "auto" else [4, 5, 6])
+    assert [r["tokens"] for r in records(cut)] == [64 * step for step in steps]
     losses = {r["step"]: r.get("train/loss") for r in records(whole)}
     assert all(r.get("train/loss") == losses[r["step"]] for r in records(cut))
 
@@ -109,9 +111,35 @@ def test_a_used_folder_is_refused_resumed_or_overwritten(pretrain, corpus, tmp_p
     again = pretrain(*arguments, "overwrite=true")
     assert again.code == 0
     assert "reused" in again.out
-    assert [r["step"] for r in records(tmp_path / "run")] == [0, 1]
+    assert [r["step"] for r in records(tmp_path / "run")] == [1]
     finished = pretrain(*arguments, "resume=auto")
     assert finished.code == 0, finished.err
+    assert "nothing left" in finished.out
+
+
+def test_going_on_inside_a_folder_removes_what_came_later(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.save_steps=1"]
+    assert pretrain(*arguments, "training.max_steps=3").code == 0
+    start = out / "checkpoints" / "checkpoint-1"
+    result = pretrain(*arguments, "training.max_steps=2", f"+resume_from_checkpoint={start}", "overwrite=true")
+    assert result.code == 0, result.err
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert [r["step"] for r in records(out)] == [1, 2]
+
+
+def test_going_on_with_other_data_keeps_the_tokenizer_and_starts_at_its_beginning(pretrain, corpus, tmp_path):
+    assert pretrain(f"data.train_path={corpus}", f"output_dir={tmp_path / 'a'}", "training.max_steps=2").code == 0
+    checkpoint = tmp_path / "a" / "checkpoints" / "checkpoint-2"
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"zebra quagga {i}"}) + "\n" for i in range(300)))
+    arguments = [f"data.train_path={other}", f"output_dir={tmp_path / 'b'}", "training.max_steps=3"]
+    result = pretrain(*arguments, f"+resume_from_checkpoint={checkpoint}")
+    assert result.code == 0, result.err
+    assert "they start at their beginning" in result.out
+    new = tmp_path / "b" / "checkpoints" / "checkpoint-3"
+    assert json.loads((new / "trainer_state.json").read_text())["position"] == {"seed": 42, "epoch": 0, "offset": 4}
+    assert (new / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
 
 
 def test_without_mhc_and_in_bf16_and_with_eval_data(pretrain, corpus, tmp_path):
@@ -135,7 +163,7 @@ def test_a_very_small_file_trains_without_evaluation(pretrain, tmp_path):
     arguments = [f"data.train_path={tmp_path / 'one.jsonl'}", f"output_dir={tmp_path / 'run'}", "training.max_steps=2"]
     result = pretrain(*arguments)
     assert result.code == 0, result.err
-    assert "nothing could be held out" in result.out
+    assert "no eval/loss" in result.out
 
 
 def test_shared_cache_and_existing_tokenizer(pretrain, corpus, tmp_path):

@@ -26,6 +26,10 @@ def test_a_broken_checkpoint_fails_with_a_code(recipe, tmp_path):
     assert "logits are not finite" in result.out
 
 
+def test_a_model_beside_a_checkpoint_is_an_error(recipe):
+    assert "model of its own" in recipe("validate_model", "checkpoint=/nowhere", "model.num_layers=2").last_error
+
+
 def test_a_missing_checkpoint_is_one_line(recipe):
     result = recipe("validate_model", "checkpoint=/nowhere")
     assert result.code == 2

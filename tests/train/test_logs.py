@@ -4,7 +4,7 @@ import pytest
 
 from rlm_mhc.config import WandbConfig
 from rlm_mhc.train import draw_curves
-from rlm_mhc.train.log import MetricsLog, report_to, start_wandb
+from rlm_mhc.train.log import MetricsLog, report_to, require_wandb, start_wandb
 
 RECORDS = [
     {"step": 0, "eval/loss": 8.0},
@@ -53,8 +53,9 @@ def test_curves_are_a_picture_at_any_time(tmp_path, records):
 def test_wandb_is_not_touched_without_a_project(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     assert start_wandb(WandbConfig(), tmp_path, {}) is None
+    require_wandb(WandbConfig())
     with pytest.raises(ValueError, match="pip install wandb"):
-        start_wandb(WandbConfig(project="p"), tmp_path, {})
+        require_wandb(WandbConfig(project="p"))
 
 
 @pytest.mark.slow
