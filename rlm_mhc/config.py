@@ -146,7 +146,9 @@ class TrainConfig:
     """How to train; the `training` section of the command line.
 
     One update sees `batch_size × gradient_accumulation_steps` sequences per device.
-    `mixed_precision="bf16"` keeps fp32 weights and computes on a bf16 copy; mHC stays in fp32.
+    `mixed_precision` `bf16` and `fp16` keep fp32 weights and compute on a copy; mHC stays in fp32. `remat` says what a
+    layer keeps for its backward: `none` recomputes nothing that is dear, `mhc` all streams but every few layers',
+    `full` the whole layer; `gradient_checkpointing=True` means `full`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -160,9 +162,9 @@ class TrainConfig:
     batch_size: int = at_least(1, 8)
     gradient_accumulation_steps: int = at_least(1, 4)
     max_steps: int = at_least(1, 50000)
-    mixed_precision: str = one_of("bf16", "fp32", later=("fp16",))
+    mixed_precision: str = one_of("bf16", "fp16", "fp32")
     gradient_checkpointing: bool = False
-    remat: str = one_of("none", later=("mhc", "full"))
+    remat: str = one_of("none", "mhc", "full")
     max_grad_norm: float = positive(1.0)
     save_steps: int = at_least(1, 1000)
     save_total_limit: int = at_least(1, 5)
@@ -174,11 +176,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing=True is planned but not in this version yet; use false and a smaller "
-                "batch_size with more gradient_accumulation_steps"
-            )
+        if self.gradient_checkpointing and self.remat == "mhc":
+            raise ValueError("gradient_checkpointing=True means remat='full', but remat='mhc' was given; leave one out")
+
+    def remat_policy(self, model: ModelConfig) -> str:
+        """`remat`, with `gradient_checkpointing` taken into account.
+
+        Raises:
+            ValueError: for `mhc` on a model without mHC.
+        """
+        if self.remat == "mhc" and not model.mhc_enabled:
+            raise ValueError("remat='mhc' rebuilds mHC streams, and the model has none; use none or full")
+        return "full" if self.gradient_checkpointing else self.remat
 
     @property
     def sequences_per_step(self) -> int:

@@ -52,6 +52,15 @@ def size_bytes(tree: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
+def size(tree: Any) -> int:
+    """The number of entries of all tensors of a tree.
+
+    >>> size((torch.zeros(3), torch.zeros(2, 2)))
+    7
+    """
+    return sum(leaf.numel() for leaf in tree_leaves(tree))
+
+
 def ravel(tree: Any) -> Tensor:
     """All leaves of a tree as one vector, in tree order.
 

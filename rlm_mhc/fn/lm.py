@@ -68,15 +68,20 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
 
 
 def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Tensor:
-    """The embedding of each token, repeated as `mhc_flows` equal streams where mHC is on.
+    """The embedding of each token, repeated as `mhc_flows` equal streams where mHC is on; see `require_kind`."""
+    require_kind(params, config)
+    x = F.embedding(tokens, params.embed_tokens.weight)
+    return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
+
+
+def require_kind(params: LMParams, config: ModelConfig) -> None:
+    """Refuse parameters with mHC weights for a config without mHC, and the other way round.
 
     Raises:
-        ValueError: when the parameters have mHC weights and the config has none, or the other way round.
+        ValueError: saying so.
     """
     if params.layers and bool(params.layers[0].attn_mhc) != config.mhc_enabled:
         raise ValueError(f"mhc_enabled={config.mhc_enabled}: the parameters are those of the opposite")
-    x = F.embedding(tokens, params.embed_tokens.weight)
-    return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
 
 
 def head(params: LMParams, hidden: Tensor, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:

@@ -56,10 +56,8 @@ def mhc_mappings(params: MHCParams, streams: Streams, *, num_iters: int = 20, ep
         needed = (n * c, 2 * n + n * n)
         raise ValueError(f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need [n·c, 2n+n²] = {needed}")
     raw = _project(streams.flatten(-2), params.phi, eps)
-    pre, post, res = _scale_and_shift(raw, params.alpha, params.bias)
-    return MHCMappings(
-        torch.sigmoid(pre), 2 * torch.sigmoid(post), sinkhorn_knopp(res.unflatten(-1, (n, n)), num_iters=num_iters)
-    )
+    pre, post, logits = activate(raw, params.alpha, params.bias)
+    return MHCMappings(pre, post, sinkhorn_knopp(logits, num_iters=num_iters))
 
 
 def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: float) -> Float[Tensor, "*b m"]:
@@ -70,11 +68,15 @@ def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: floa
         return scale * (wide @ phi.to(wide.dtype))
 
 
-def _scale_and_shift(raw: Float[Tensor, "*b m"], alpha: Float[Tensor, " 3"], bias: Float[Tensor, " m"]) -> list[Tensor]:
+def activate(
+    raw: Float[Tensor, "*b m"], alpha: Float[Tensor, " 3"], bias: Float[Tensor, " m"]
+) -> tuple[PerStream, PerStream, StreamMatrix]:
+    """From `v · phi / rms(v)` to `pre`, `post` and the logits of `res`; see `mhc_mappings`."""
     n = math.isqrt(1 + raw.shape[-1]) - 1
     sizes = [n, n, n * n]
     parts = zip(alpha.unbind(), raw.split(sizes, -1), bias.split(sizes), strict=True)
-    return [a * x + b for a, x, b in parts]
+    pre, post, res = [a * x + b for a, x, b in parts]
+    return torch.sigmoid(pre), 2 * torch.sigmoid(post), res.unflatten(-1, (n, n))
 
 
 def mhc_aggregate(streams: Streams, pre: PerStream) -> Hidden:

@@ -46,6 +46,8 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     donate: bool = False,
 ) -> tuple[Tree, AdamWState]:
     """One update: `p ← p - lr · (m̂ / (sqrt(v̂) + eps) + weight_decay · p)`, by torch's own functional AdamW.
@@ -59,7 +61,9 @@ def adamw(
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
-        donate: update in place; the arguments must not be used again.
+        grad_scale: divides the gradients first, which fuses clipping and the unscaling of a scaled loss.
+        found_inf: 1.0 leaves parameters and state as they are, 0.0 updates them; both 0-d fp32.
+        donate: update in place; the arguments, gradients included, must not be used again.
 
     Source: Loshchilov & Hutter, arXiv 1711.05101; `torch.optim.adamw.adamw`.
 
@@ -86,6 +90,8 @@ def adamw(
             # torch counts updates once per leaf, in place: each gets its own counter.
             state_steps=[state.step.clone() for _ in values],
             fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=betas[0],
             beta2=betas[1],
@@ -94,7 +100,8 @@ def adamw(
             eps=eps,
             maximize=False,
         )
-    return tree_unflatten(leaves, spec), AdamWState(state.exp_avg, state.exp_avg_sq, state.step + 1)
+    done = 1 if found_inf is None else 1 - found_inf
+    return tree_unflatten(leaves, spec), AdamWState(state.exp_avg, state.exp_avg_sq, state.step + done)
 
 
 def global_norm(tree: Any) -> Scalar:

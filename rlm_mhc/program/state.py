@@ -8,14 +8,17 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn.optim import AdamWState, adamw_init
 from rlm_mhc.params import LMParams, init
+from rlm_mhc.program.precision import LossScale, init_loss_scale
 
 
 class TrainState(NamedTuple):
-    """`params` in fp32, the optimizer's moments, and `step`: the number of updates done, a 0-d int64 tensor."""
+    """`params` in fp32, the optimizer's moments, `step`: the number of updates done, a 0-d int64 tensor, and for fp16
+    the scale of the loss."""
 
     params: LMParams
     optimizer: AdamWState
     step: Tensor
+    loss_scale: LossScale | tuple[()] = ()
 
 
 def init_train_state(
@@ -35,9 +38,11 @@ def init_train_state(
     """
     device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
     params = init(config, seed=seed, device=device)
-    return resume_train_state(params, adamw_init(params), 0)
+    return resume_train_state(params, adamw_init(params), 0, init_loss_scale(train_config.mixed_precision, device))
 
 
-def resume_train_state(params: LMParams, optimizer: Any, step: int) -> TrainState:
+def resume_train_state(
+    params: LMParams, optimizer: Any, step: int, loss_scale: LossScale | tuple[()] = ()
+) -> TrainState:
     """The state after `step` updates, from its parts."""
-    return TrainState(params, optimizer, torch.tensor(step, device=params.norm.weight.device))
+    return TrainState(params, optimizer, torch.tensor(step, device=params.norm.weight.device), loss_scale)

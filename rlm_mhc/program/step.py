@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +11,14 @@ from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn.gain import composite_gain
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.loss import Batch, count_targets
-from rlm_mhc.fn.norm import widen
-from rlm_mhc.fn.optim import adamw, clip_by_global_norm
+from rlm_mhc.fn.optim import adamw, global_norm
 from rlm_mhc.fn.schedule import cosine_schedule
-from rlm_mhc.params import LMParams, cast, decay_mask
-from rlm_mhc.program.gradients import Gradients, make_gradients
+from rlm_mhc.params import cast, decay_mask
+from rlm_mhc.program.functions import Announce
+from rlm_mhc.program.gradients import Reduce, make_gradients
+from rlm_mhc.program.precision import COMPUTE_DTYPE, next_loss_scale
 from rlm_mhc.program.state import TrainState
-from rlm_mhc.tree import ravel, tree_map, unravel
 
-COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
 
 
@@ -26,26 +26,33 @@ def make_train_step(
     config: ModelConfig,
     train_config: TrainConfig,
     *,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    reduce: Reduce | None = None,
     kernels: Kernels = REFERENCE,
     donate: bool = False,
+    announce: Announce | None = None,
 ) -> TrainStep:
     """`step(state, batch) -> (state, metrics)`, compiled unless `train_config.compile=False`.
+
+    Compiled functions serve one shape of batch; another shape, such as another sequence length, is compiled anew.
 
     Args:
         config: the model.
         train_config: its training.
-        reduce: called with the flat fp32 gradient of each layer and of the rest; returns its average over ranks,
-            or a handle whose `wait()` gives it. None: one rank.
+        reduce: the sum over ranks of a vector, or a handle whose `wait()` gives it; None: one rank. It is called
+            with the number of counted targets, with the flat fp32 gradient of each layer while those before are
+            still in backward, with that of the rest, and with the loss. An average does as well, since all of
+            them are divided by the first.
         kernels: the operations to run the model with.
         donate: update the state in place, which saves a copy of it; the state passed in must not be used again.
+        announce: called as `announce(number, of, name)` before each function is compiled.
 
     Returns:
         A step. Its batch holds `batch_size × gradient_accumulation_steps` sequences, run as that many microbatches;
-        the loss is the mean over all counted targets, however they are spread. Its metrics are 0-d tensors:
-        `loss`, `grad_norm` (before clipping), `lr`, and over sampled tokens of all layers `mhc/amax_pre`,
-        `mhc/amax_post` (largest entry of `res` at the attention and MLP sites), `mhc/gain_forward`,
+        the loss is the mean over all counted targets of all ranks, however they are spread. Its metrics are 0-d
+        tensors: `loss`, `grad_norm` (before clipping), `lr`, and over sampled tokens of this rank and all layers
+        `mhc/amax_pre`, `mhc/amax_post` (largest entry of `res` at the attention and MLP sites), `mhc/gain_forward`,
         `mhc/gain_backward` (see `fn.composite_gain`). Without mHC the residual is the identity: all four are 1.
+        With fp16 also `loss_scale`, and `skipped`: 1 where the gradient was not finite and nothing was updated.
 
     Raises:
         ValueError: from the step, when the batch has another number of sequences.
@@ -61,7 +68,9 @@ def make_train_step(
     >>> state.step
     tensor(1)
     """
-    gradients = make_gradients(config, kernels, train_config.compile)
+    remat = train_config.remat_policy(config)
+    gradients = make_gradients(config, kernels, remat=remat, compiled=train_config.compile, announce=announce)
+    all_ranks = reduce if reduce is not None else _same
     optimizer, schedule = train_config.optimizer, train_config.scheduler
     decay = decay_mask(config)
     rate = partial(
@@ -73,11 +82,15 @@ def make_train_step(
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
+        microbatches = _microbatches(batch, train_config)
         compute = cast(state.params, config, COMPUTE_DTYPE[train_config.mixed_precision])
-        loss, grads, res = _accumulate(gradients, compute, batch, train_config)
-        if reduce is not None:
-            grads = _reduce(grads, reduce)
-        grads, norm = clip_by_global_norm(grads, train_config.max_grad_norm)
+        counted = _total(all_ranks, count_targets(batch.targets))
+        loss_scale = state.loss_scale.scale if state.loss_scale else torch.ones_like(counted)
+        # Sums under one scale rather than averages of averages: ranks and microbatches may count different numbers.
+        loss, grads, res = gradients(compute, microbatches, loss_scale / counted.clamp(min=1), all_ranks)
+        loss = _total(all_ranks, loss) / loss_scale
+        norm = global_norm(grads) / loss_scale
+        skipped = (~norm.isfinite()).to(torch.float32) if state.loss_scale else None
         lr = rate(state.step)
         params, moments = adamw(
             state.params,
@@ -88,45 +101,38 @@ def make_train_step(
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
+            grad_scale=loss_scale * (norm / train_config.max_grad_norm).clamp(min=1),
+            found_inf=skipped,
             donate=donate,
         )
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, **_monitors(res, loss)}
-        return TrainState(params, moments, state.step + 1), metrics
+        next_scale = state.loss_scale
+        if skipped is not None and next_scale:
+            metrics |= {"loss_scale": loss_scale, "skipped": skipped}
+            next_scale = next_loss_scale(next_scale, skipped)
+        return TrainState(params, moments, state.step + 1, next_scale), metrics
 
     return step
 
 
-def _accumulate(
-    gradients: Callable[[LMParams, Batch, Tensor], Gradients],
-    params: LMParams,
-    batch: Batch,
-    train_config: TrainConfig,
-) -> Gradients:
+def _same(vector: Tensor) -> Tensor:
+    return vector
+
+
+def _total(reduce: Callable[[Tensor], Any], value: Tensor) -> Tensor:
+    """A 0-d tensor summed over the ranks, in fp32."""
+    pending = reduce(value.to(torch.float32).reshape(1))
+    return (pending.wait() if hasattr(pending, "wait") else pending)[0]
+
+
+def _microbatches(batch: Batch, train_config: TrainConfig) -> list[Batch]:
     expected = train_config.sequences_per_step
     if len(batch.tokens) != expected:
         raise ValueError(
             f"batch of {len(batch.tokens)} sequences: a step takes batch_size × gradient_accumulation_steps "
             f"= {train_config.batch_size} × {train_config.gradient_accumulation_steps} = {expected}"
         )
-    scale = 1.0 / count_targets(batch.targets).clamp(min=1).to(torch.float32)
-    parts = zip(*(x.split(train_config.batch_size) for x in batch), strict=True)
-    first, *rest = [Batch(*part) for part in parts]
-    total = gradients(params, first, scale)
-    # Sums of one scale rather than averages of averages: microbatches may count different numbers of targets.
-    total = total._replace(grads=tree_map(widen, total.grads))
-    for microbatch in rest:
-        part = gradients(params, microbatch, scale)
-        tree_map(lambda sum_, g: sum_.add_(g), total.grads, part.grads)
-        res = tuple(torch.cat(pair) for pair in zip(total.res, part.res, strict=True))
-        total = Gradients(total.loss + part.loss, total.grads, res)
-    return total
-
-
-def _reduce(grads: LMParams, reduce: Callable[[Tensor], Tensor]) -> LMParams:
-    pending = [reduce(ravel(group)) for group in (grads._replace(layers=()), *grads.layers)]
-    done = [handle.wait() if hasattr(handle, "wait") else handle for handle in pending]
-    layers = tuple(unravel(vector, layer) for vector, layer in zip(done[1:], grads.layers, strict=True))
-    return unravel(done[0], grads._replace(layers=()))._replace(layers=layers)
+    return [Batch(*part) for part in zip(*(x.split(train_config.batch_size) for x in batch), strict=True)]
 
 
 def _monitors(res: tuple[Tensor, ...], like: Tensor) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from rlm_mhc import fn
 from rlm_mhc.checkpoint import save_run
 from rlm_mhc.data import Position, Prepared, eval_batches, next_batch
 from rlm_mhc.params import cast
+from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.program.state import TrainState
-from rlm_mhc.program.step import COMPUTE_DTYPE, TrainStep
+from rlm_mhc.program.step import TrainStep
 from rlm_mhc.train.curves import draw_curves
 from rlm_mhc.train.log import MetricsLog
 from rlm_mhc.train.output import CHECKPOINTS, CONFIG_FILE, CURVES_FILE, write_config

@@ -12,7 +12,7 @@ from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn import Batch, count, embed, head, init, positions, token_loss_sum
 from rlm_mhc.fn.block import block
 from rlm_mhc.params import LMParams
-from rlm_mhc.program.step import COMPUTE_DTYPE
+from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.train.device import MEMORY_ADVICE, available_bytes, describe, peak_rate
 from rlm_mhc.tree import size_bytes, tree_leaves, tree_map
 

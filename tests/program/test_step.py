@@ -33,7 +33,9 @@ def gradient(config, train_config, batch):
     """The gradient that a step computes, seen through its `reduce`."""
     seen = []
     run(config, train_config, batch, reduce=lambda g: seen.append(g.clone()) or g)
-    return seen
+    count, *layers, rest, loss = seen
+    assert count.shape == loss.shape == (1,)
+    return [rest, *reversed(layers)]
 
 
 @pytest.mark.parametrize("mhc", [True, False])
@@ -123,8 +125,14 @@ def test_reduce_sees_every_gradient_and_its_result_counts():
     sizes = [g.numel() for g in gradient(config, training(), batch)]
     assert len(sizes) == config.num_layers + 1
     assert sum(sizes) == fn.count(config)
+    # Twice the loss and the gradient over twice the targets.
     _, doubled = run(config, training(), batch, reduce=Handle)
-    torch.testing.assert_close(doubled["grad_norm"], 2 * alone["grad_norm"])
+    torch.testing.assert_close(doubled["grad_norm"], alone["grad_norm"])
+    torch.testing.assert_close(doubled["loss"], alone["loss"])
+    without_count = iter([lambda g: g])
+    _, twice = run(config, training(), batch, reduce=lambda g: next(without_count, Handle)(g))
+    torch.testing.assert_close(twice["grad_norm"], 2 * alone["grad_norm"])
+    torch.testing.assert_close(twice["loss"], 2 * alone["loss"])
 
 
 def test_bf16_keeps_fp32_weights_and_stays_near_fp32():
@@ -150,7 +158,7 @@ def test_compiled_step_equals_eager_and_compiles_no_layer_twice():
     torch._dynamo.utils.counters.clear()
     expected, expected_metrics = run(config, training(), batch, steps=3)
     actual, metrics = run(config, training(compile=True), batch, steps=3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     assert_trees_close(metrics, expected_metrics, 1e-4)
     assert_trees_close(actual.params, expected.params, 1e-2)
 

@@ -1,0 +1,5 @@
+"""Sinkhorn-Knopp with a backward written by hand."""
+
+from rlm_mhc.kernels.sinkhorn.op import sinkhorn, sinkhorn_backward
+
+__all__ = ["sinkhorn", "sinkhorn_backward"]

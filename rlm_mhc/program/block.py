@@ -1,0 +1,85 @@
+"""One transformer block as a stage, cut so that each stage ends in a matrix product.
+
+    mappings, aggregate, norm, q/k/v products, rotation | attention | output product, combine
+    mappings, aggregate, norm, gate/up products | SwiGLU, down product, combine
+
+What is kept of a block is the input of each stage. The backward of a stage that ends in a product does not run that
+product again, so with `remat="none"` no product with a weight and no attention is computed twice.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.kernels import Kernels
+from rlm_mhc.fn.mlp import swiglu
+from rlm_mhc.fn.rope import rotary_embedding
+from rlm_mhc.params import MLP, Linear
+from rlm_mhc.program.attention import attention_stage
+from rlm_mhc.program.hyper import hyper
+from rlm_mhc.program.stage import Stage, chain, recompute, residual, stage
+
+MLP_PARTS = ("gate", "up", "down")
+
+
+def block_stage(config: ModelConfig, kernels: Kernels, remat: str) -> Stage:
+    """`hidden -> hidden` of one layer, its weights under their names in `Layer`, with `cos` and `sin` beside them.
+
+    `remat` decides what it keeps: `none` the input of every stage, `mhc` all but the streams, `full` nothing.
+    """
+    sites = (("attn_mhc", _attention(config, kernels)), ("mlp_mhc", _mlp(config, kernels)))
+    if config.mhc_enabled:
+        parts = [hyper(site, branch, config, kernels) for site, branch in sites]
+    else:
+        parts = [residual(branch) for _, branch in sites]
+    block = chain(*parts, keep=remat != "mhc")
+    return recompute(block) if remat == "full" else block
+
+
+def _attention(config: ModelConfig, kernels: Kernels) -> Stage:
+    width, eps = config.head_width, config.norm_eps
+
+    def project(norm: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, u: Tensor) -> Any:
+        x = kernels.rms_norm(u, norm, eps)
+        q, k, v = (rearrange(F.linear(x, w), "... s (h d) -> ... h s d", d=width) for w in (q, k, v))
+        return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v
+
+    def merge(o: Tensor, heads: Tensor) -> Tensor:
+        return F.linear(rearrange(heads, "... h s d -> ... s (h d)"), o)
+
+    q, k, v, o = (f"self_attn.{name}_proj.weight" for name in "qkvo")
+    return chain(
+        stage(project, "input_layernorm.weight", q, k, v, constants=("cos", "sin")),
+        attention_stage(kernels.attention),
+        stage(merge, o),
+    )
+
+
+def _mlp(config: ModelConfig, kernels: Kernels) -> Stage:
+    eps = config.norm_eps
+    norm, gate, up, down = "post_attention_layernorm.weight", *(f"mlp.{name}_proj.weight" for name in MLP_PARTS)
+    if kernels.swiglu is not swiglu:
+        run = kernels.swiglu
+
+        def whole(norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, u: Tensor) -> Tensor:
+            return run(MLP(Linear(gate), Linear(up), Linear(down)), kernels.rms_norm(u, norm, eps))
+
+        return stage(whole, norm, gate, up, down)
+
+    def widen(norm: Tensor, gate: Tensor, up: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        x = kernels.rms_norm(u, norm, eps)
+        return F.linear(x, gate), F.linear(x, up)
+
+    def narrow(down: Tensor, gate_and_up: tuple[Tensor, Tensor]) -> Tensor:
+        gate, up = gate_and_up
+        return F.linear(F.silu(gate) * up, down)
+
+    return chain(stage(widen, norm, gate, up), stage(narrow, down))
+
+
+def residual_mappings(kept: Any, config: ModelConfig) -> tuple[Tensor, ...]:
+    """`res` of the block's two sites, from what its forward kept."""
+    return tuple(part.mappings.res for part in kept[1]) if config.mhc_enabled else ()

@@ -1,0 +1,124 @@
+"""The few functions that a step consists of, each compiled once and shared by all layers."""
+
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.kernels import Kernels
+from rlm_mhc.fn.lm import head
+from rlm_mhc.fn.loss import token_loss_sum
+from rlm_mhc.fn.mhc import expand_streams
+from rlm_mhc.fn.norm import widen
+from rlm_mhc.params import Embedding, Linear, LMParams, RMSNorm
+from rlm_mhc.program.block import block_stage, residual_mappings
+from rlm_mhc.program.stage import Weights
+
+SAMPLED_TOKENS = 64
+Announce = Callable[[int, int, str], object]
+
+
+class Functions(NamedTuple):
+    """`embed(matrix, tokens) -> hidden`;
+    `forward(weights, hidden) -> (hidden, kept, sampled res of each site)`;
+    `head(norm, matrix, hidden, targets, scale) -> (loss, gradients of norm and matrix, cotangent)`, of one chunk;
+    `backward(weights, hidden, kept, cotangent) -> (flat gradient, cotangent)`;
+    `replay(hidden, kept) -> hidden`, the streams after a block again."""
+
+    embed: Callable[..., Any]
+    forward: Callable[..., Any]
+    head: Callable[..., Any]
+    backward: Callable[..., Any]
+    replay: Callable[..., Any]
+
+
+# In the order in which a step first calls them.
+NAMES = {
+    "embed": "embedding",
+    "forward": "block, forward",
+    "head": "head and loss",
+    "replay": "streams",
+    "backward": "block, backward",
+}
+
+
+def make_functions(
+    config: ModelConfig, kernels: Kernels, remat: str, compiled: bool, announce: Announce | None = None
+) -> Functions:
+    """The functions of a model, compiled where asked for.
+
+    `announce(number, of, name)` is called before each is compiled, which happens at its first call. What is compiled
+    serves one shape: make new functions for another.
+    """
+    block = block_stage(config, kernels, remat)
+
+    def embed(matrix: Tensor, tokens: Tensor) -> Tensor:
+        x = torch.nn.functional.embedding(tokens, matrix)
+        return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
+
+    def forward(weights: Weights, hidden: Tensor) -> tuple[Tensor, Any, list[Tensor]]:
+        hidden, kept, res = _forward_and_mappings(weights, hidden)
+        return hidden.contiguous(), kept, [_sample(matrices) for matrices in res]
+
+    def backward(weights: Weights, hidden: Tensor, kept: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        grads, cotangent = block.backward(weights, hidden, kept, cotangent)
+        flat = torch.cat([widen(grads[name]).reshape(-1) for name in weights if name in grads])
+        return flat, cotangent.contiguous()
+
+    def head_chunk(
+        norm: Tensor, matrix: Tensor, hidden: Tensor, targets: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def loss(norm: Tensor, matrix: Tensor, hidden: Tensor) -> Tensor:
+            top = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix))
+            return scale * token_loss_sum(head(top, hidden, config, kernels), targets)
+
+        grads, value = torch.func.grad_and_value(loss, argnums=(0, 1, 2))(norm, matrix, hidden)
+        g_norm, g_matrix, g_hidden = grads
+        return value, g_norm, g_matrix, g_hidden.contiguous()
+
+    def _forward_and_mappings(weights: Weights, hidden: Tensor) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        if remat == "full":
+            keeping = block_stage(config, kernels, "none")
+            hidden, kept = keeping.forward(weights, hidden)
+            return hidden, (), residual_mappings(kept, config)
+        hidden, kept = block.forward(weights, hidden)
+        return hidden, kept, residual_mappings(kept, config)
+
+    def replay(hidden: Tensor, kept: Any) -> Tensor:
+        assert block.replay is not None
+        return block.replay(hidden, kept).contiguous()
+
+    functions = Functions(embed, forward, head_chunk, backward, replay)
+    if not compiled:
+        return functions
+    used = list(NAMES) if remat == "mhc" else [field for field in NAMES if field != "replay"]
+    done = {
+        field: _compile(getattr(functions, field), NAMES[field], used.index(field) + 1, len(used), announce)
+        for field in used
+    }
+    return functions._replace(**done)
+
+
+def _sample(res: Tensor) -> Tensor:
+    """At most about 64 of the matrices `[*b, n, n]`, spread evenly over the tokens."""
+    matrices = res.flatten(0, -3)
+    return matrices[:: max(1, len(matrices) // SAMPLED_TOKENS)].clone()
+
+
+def _compile(f: Any, name: str, number: int, of: int, announce: Announce | None) -> Any:
+    # Dynamo counts recompilations per code object: without one of its own, the ninth program of a process fails.
+    own = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    run = torch.compile(own, fullgraph=True, dynamic=False)
+    if announce is None:
+        return run
+    waiting = [announce]
+
+    def first_announced(*arguments: Any) -> Any:
+        if waiting:
+            waiting.pop()(number, of, name)
+        return run(*arguments)
+
+    return first_announced

@@ -1,0 +1,126 @@
+"""Stages: pairs of pure functions, forward and backward, and the ways to combine them.
+
+A stage sees the weights of a layer under their dotted names and an input of any tree. Its forward also returns what
+its backward needs besides that input; what the backward cannot do without is thereby explicit, and a compiler that
+gets the backward as one function drops whatever of a recomputed forward is not used.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+Grads = dict[str, Tensor]
+
+
+class Stage(NamedTuple):
+    """`forward(weights, x) -> (y, kept)` and `backward(weights, x, kept, cotangent of y) -> (grads, cotangent of x)`.
+
+    `grads` holds a gradient for each weight that the stage uses. `kept` never contains `x` itself.
+    `replay(x, kept) -> y`, where a stage has it, gives the output again without weights or products.
+    """
+
+    forward: Callable[[Weights, Any], tuple[Any, Any]]
+    backward: Callable[[Weights, Any, Any, Any], tuple[Grads, Any]]
+    replay: Callable[[Any, Any], Any] | None = None
+
+
+def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """`f(*inputs)`, and the function from its cotangent to those of the inputs: `torch.func.vjp`.
+
+    >>> y, pull = pullback(lambda x: x**2, torch.tensor(3.0))
+    >>> y, pull(torch.tensor(1.0))
+    (tensor(9.), (tensor(6.),))
+    """
+    output, pull = torch.func.vjp(f, *inputs)  # type: ignore[misc]
+    return output, pull
+
+
+def stage(f: Callable[..., Any], *names: str, constants: tuple[str, ...] = ()) -> Stage:
+    """The stage of `f(*weights, *constants, x)`, its backward derived by `torch.func.vjp`; it keeps nothing.
+
+    Compiled, the backward recomputes of `f` only what its derivative reads: a product that `f` ends in is not.
+
+    >>> square = stage(lambda w, x: w * x**2, "w")
+    >>> square.backward({"w": torch.tensor(3.0)}, torch.tensor(2.0), (), torch.tensor(1.0))
+    ({'w': tensor(4.)}, tensor(12.))
+    """
+
+    def forward(weights: Weights, x: Any) -> tuple[Any, Any]:
+        return f(*(weights[name] for name in names + constants), x), ()
+
+    def backward(weights: Weights, x: Any, kept: Any, cotangent: Any) -> tuple[Grads, Any]:
+        fixed = tuple(weights[name] for name in constants)
+        own = tuple(weights[name] for name in names)
+        _, pull = pullback(lambda own, x: f(*own, *fixed, x), own, x)
+        grads, x_cotangent = pull(cotangent)
+        return dict(zip(names, grads, strict=True)), x_cotangent
+
+    return Stage(forward, backward)
+
+
+def chain(*stages: Stage, keep: bool = True) -> Stage:
+    """One stage after another. Inner inputs are kept, or with `keep=False` replayed by the stages themselves.
+
+    >>> double, square = stage(lambda x: 2 * x), stage(lambda x: x**2)
+    >>> both = chain(double, square)
+    >>> y, kept = both.forward({}, torch.tensor(3.0))
+    >>> y, both.backward({}, torch.tensor(3.0), kept, torch.tensor(1.0))
+    (tensor(36.), ({}, tensor(24.)))
+    """
+
+    def forward(weights: Weights, x: Any) -> tuple[Any, Any]:
+        inputs, inner = [], []
+        for s in stages:
+            inputs.append(x)
+            x, kept = s.forward(weights, x)
+            inner.append(kept)
+        return x, (tuple(inputs[1:]) if keep else (), tuple(inner))
+
+    def replay(x: Any, kept: Any) -> Any:
+        for s, inner in zip(stages, kept[1], strict=True):
+            x = _replay(s, x, inner)
+        return x
+
+    def backward(weights: Weights, x: Any, kept: Any, cotangent: Any) -> tuple[Grads, Any]:
+        inputs = [x, *kept[0]]
+        if not keep:
+            for s, inner in zip(stages[:-1], kept[1][:-1], strict=True):
+                inputs.append(_replay(s, inputs[-1], inner))
+        grads: Grads = {}
+        for s, x_in, inner in reversed(list(zip(stages, inputs, kept[1], strict=True))):
+            own, cotangent = s.backward(weights, x_in, inner, cotangent)
+            grads |= own
+        return grads, cotangent
+
+    return Stage(forward, backward, replay)
+
+
+def residual(branch: Stage) -> Stage:
+    """`x + branch(x)`."""
+
+    def forward(weights: Weights, x: Tensor) -> tuple[Tensor, Any]:
+        y, kept = branch.forward(weights, x)
+        return x + y, kept
+
+    def backward(weights: Weights, x: Tensor, kept: Any, cotangent: Tensor) -> tuple[Grads, Tensor]:
+        grads, x_cotangent = branch.backward(weights, x, kept, cotangent)
+        return grads, cotangent + x_cotangent
+
+    return Stage(forward, backward)
+
+
+def recompute(s: Stage) -> Stage:
+    """The same stage keeping nothing: its backward runs the forward again."""
+
+    def backward(weights: Weights, x: Any, kept: Any, cotangent: Any) -> tuple[Grads, Any]:
+        return s.backward(weights, x, s.forward(weights, x)[1], cotangent)
+
+    return Stage(lambda weights, x: (s.forward(weights, x)[0], ()), backward)
+
+
+def _replay(s: Stage, x: Any, kept: Any) -> Any:
+    assert s.replay is not None, "a chain that keeps no inner inputs needs stages that can replay"
+    return s.replay(x, kept)
