@@ -51,6 +51,7 @@ def _choose(q: Tensor) -> str:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+    q, k, v = (_rows(x) for x in (q, k, v))
     kind = _choose(q)
     if kind == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
@@ -67,7 +68,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
 
 
 def _backward(qkv: Heads, saved: Any, cotangent: Tensor) -> Heads:
-    q, k, v = qkv
+    cotangent, q, k, v = (_rows(x) for x in (cotangent, *qkv))
     kind = _choose(q)
     if kind == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(cotangent, q, k, v, *saved, 0.0, True)
@@ -84,7 +85,12 @@ def _backward(qkv: Heads, saved: Any, cotangent: Tensor) -> Heads:
             cotangent, q, _repeat(k, q), _repeat(v, q), None, out, lse, seed, offset, 0.0, mask, True
         )
         return gq, _sum_groups(gk, k), _sum_groups(gv, v)
-    return _plain_backward(qkv, saved, cotangent)
+    return _plain_backward((q, k, v), saved, cotangent)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with adjacent entries in its last axis: called directly, the kernels read it so, whatever its strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _plain_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

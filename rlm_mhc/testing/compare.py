@@ -28,7 +28,7 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, floor: floa
         AssertionError: naming the first leaf that differs, and by how much.
     """
     ours, theirs = named_leaves(actual), named_leaves(expected)
-    assert list(ours) == list(theirs), f"other names: {sorted(ours.keys() ^ theirs.keys())}"
+    assert ours.keys() == theirs.keys(), f"other names: {sorted(ours.keys() ^ theirs.keys())}"
     for name, leaf in ours.items():
         assert leaf.shape == theirs[name].shape, f"{name}: shape {tuple(leaf.shape)}, not {tuple(theirs[name].shape)}"
         if not leaf.numel():

@@ -1,11 +1,18 @@
-"""Small models and batches to test with."""
+"""Small models and batches to test with, and several ranks in one process."""
 
-from typing import Any
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn import Batch
+
+T = TypeVar("T")
 
 
 def small_config(**changes: Any) -> ModelConfig:
@@ -20,3 +27,26 @@ def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float
     tokens = torch.randint(config.vocab_size, (*shape, 2), generator=generator)
     mask = torch.rand(shape, generator=generator) < ignored
     return Batch(tokens[..., 0].contiguous(), tokens[..., 1].masked_fill(mask, -100))
+
+
+def ranks_in_threads(ranks: int, run: Callable[[int, Callable[[Tensor], Tensor]], T]) -> list[T]:
+    """`[run(rank, reduce) for each rank]`, the ranks being threads of this process and `reduce` the sum over them."""
+    barrier = threading.Barrier(ranks, timeout=60)
+    vectors: dict[int, Tensor] = {}
+
+    def reduce(rank: int, vector: Tensor) -> Tensor:
+        vectors[rank] = vector
+        barrier.wait()
+        total = torch.stack([vectors[other] for other in range(ranks)]).sum(0)
+        barrier.wait()
+        return total
+
+    def guarded(rank: int) -> T:
+        try:
+            return run(rank, partial(reduce, rank))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(guarded, range(ranks)))

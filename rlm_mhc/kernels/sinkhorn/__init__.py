@@ -1,5 +1,6 @@
 """Sinkhorn-Knopp with a backward written by hand."""
 
+from rlm_mhc.kernels.sinkhorn.function import sinkhorn_knopp
 from rlm_mhc.kernels.sinkhorn.op import sinkhorn, sinkhorn_backward
 
-__all__ = ["sinkhorn", "sinkhorn_backward"]
+__all__ = ["sinkhorn", "sinkhorn_backward", "sinkhorn_knopp"]

@@ -3,9 +3,15 @@
 See README.md beside this file for the derivation.
 """
 
+import ctypes
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from rlm_mhc.kernels.native import load_native
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
 NAMESPACE = "rlm_mhc"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("sinkhorn(Tensor logits, int num_iters) -> Tensor")
@@ -30,28 +36,24 @@ def _first_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(logits: Tensor, num_iters: int) -> Tensor:
-    m = _first_pair(logits)[1].exp()
+    m = _first_pair(logits)[1].exp_()
     for _ in range(num_iters - 1):
-        m = m / m.sum(0, keepdim=True)
-        m = m / m.sum(1, keepdim=True)
+        m.div_(m.sum(0, keepdim=True))
+        m.div_(m.sum(1, keepdim=True))
     return m
 
 
 def _backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
     columns, rows = _first_pair(logits)
-    first = m = rows.exp()
-    tape = []
+    m = rows.exp()
+    tape = [(columns.exp_(), 0), (m, 1)]
     for _ in range(num_iters - 1):
         for axis in (0, 1):
-            total = m.sum(axis, keepdim=True)
-            m = m / total
-            tape.append((m, total, axis))
-    g = cotangent
-    for m, total, axis in reversed(tape):
-        g = (g - (g * m).sum(axis, keepdim=True)) / total
-    g = g * first
-    g = g - first * g.sum(1, keepdim=True)
-    g = g - columns.exp() * g.sum(0, keepdim=True)
+            m = m / m.sum(axis, keepdim=True)
+            tape.append((m, axis))
+    g = cotangent * m
+    for m, axis in reversed(tape):
+        g.addcmul_(m, g.sum(axis, keepdim=True), value=-1)
     limit = torch.finfo(logits.dtype).max / 4
     return torch.where(logits.abs() <= limit, g, 0.0)
 
@@ -64,12 +66,39 @@ def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
     return x.permute(2, 0, 1).reshape(like.shape).contiguous()
 
 
-def _sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
+def plain(logits: Tensor, num_iters: int) -> Tensor:
+    """`sinkhorn` by operations of PyTorch, for any device."""
     return _tokens_first(_forward(_tokens_last(logits), num_iters), logits)
 
 
-def _sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
+def plain_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
+    """`sinkhorn_backward` by operations of PyTorch, for any device."""
     return _tokens_first(_backward(_tokens_last(logits), _tokens_last(cotangent), num_iters), logits)
+
+
+def _sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
+    out = _native(logits, None, num_iters)
+    return plain(logits, num_iters) if out is None else out
+
+
+def _sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
+    out = _native(logits, cotangent, num_iters)
+    return plain_backward(logits, cotangent, num_iters) if out is None else out
+
+
+def _native(logits: Tensor, cotangent: Tensor | None, num_iters: int) -> Tensor | None:
+    library = load_native(SOURCE) if logits.device.type == "cpu" else None
+    if library is None:
+        return None
+    run = library.sinkhorn_float if logits.dtype == torch.float32 else library.sinkhorn_double
+    n = logits.shape[-1]
+    logits = logits.contiguous()
+    cotangent = None if cotangent is None else cotangent.contiguous()
+    out = torch.empty_like(logits)
+    given = None if cotangent is None else ctypes.c_void_p(cotangent.data_ptr())
+    tokens = ctypes.c_int64(logits.numel() // (n * n))
+    run(ctypes.c_void_p(logits.data_ptr()), given, ctypes.c_void_p(out.data_ptr()), tokens, n, num_iters)
+    return out
 
 
 def _fake(logits: Tensor, *rest: object) -> Tensor:

@@ -1,0 +1,127 @@
+"""The library op and its hand-written backward, against autograd of the reference loop."""
+
+import pytest
+import torch
+from torch.func import vjp
+
+from rlm_mhc import fn
+from rlm_mhc.kernels import native
+from rlm_mhc.kernels.sinkhorn import op, sinkhorn, sinkhorn_backward, sinkhorn_knopp
+
+PATHS = {"native": (sinkhorn, sinkhorn_backward), "plain": (op.plain, op.plain_backward)}
+
+
+@pytest.fixture(params=PATHS)
+def pair(request):
+    if request.param == "native" and native.load_native(op.SOURCE) is None:
+        pytest.skip("no C++ compiler on this machine")
+    return PATHS[request.param]
+
+
+def case(n, tokens, scale, dtype):
+    generator = torch.Generator().manual_seed(n)
+    logits, cotangent = (torch.randn(*tokens, n, n, generator=generator, dtype=torch.float64) for _ in range(2))
+    return (logits * scale).to(dtype), cotangent.to(dtype)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1e3, 3e4, 1e38])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_values_and_gradient_are_those_of_the_loop(pair, n, scale):
+    forward, backward = pair
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 2e-6)):
+        logits, cotangent = case(n, (17,), scale, dtype)
+        for iters in (1, 2, 20):
+            expected, pull = vjp(lambda x, k=iters: fn.sinkhorn_knopp(x, num_iters=k), logits)
+            torch.testing.assert_close(forward(logits, iters), expected, atol=tolerance, rtol=0)
+            actual = backward(logits, cotangent, iters)
+            torch.testing.assert_close(actual, pull(cotangent)[0], atol=4 * tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [(), (0,), (1,), (2, 3), (100,)])
+def test_any_batch_shape_and_stride(pair, tokens):
+    forward, backward = pair
+    logits, cotangent = case(4, tokens, 1.0, torch.float64)
+    expected, pull = vjp(fn.sinkhorn_knopp, logits)
+    torch.testing.assert_close(forward(logits, 20), expected)
+    torch.testing.assert_close(backward(logits, cotangent, 20), pull(cotangent)[0])
+    turned, expected = logits.mT, fn.sinkhorn_knopp(logits.mT)
+    torch.testing.assert_close(forward(turned, 20), expected)
+
+
+def test_a_loop_that_has_not_converged_is_not_taken_for_one_that_has():
+    logits, cotangent = case(4, (5,), 10.0, torch.float64)
+    few, many = (sinkhorn_backward(logits, cotangent, iters) for iters in (2, 200))
+    assert (few - many).abs().max() > 1e-3
+
+
+def test_without_a_compiler_the_plain_path_serves(monkeypatch, tmp_path):
+    native.load_native.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert native.load_native(op.SOURCE) is None
+    logits, _ = case(4, (5,), 1.0, torch.float32)
+    torch.testing.assert_close(sinkhorn(logits, 20), fn.sinkhorn_knopp(logits))
+    native.load_native.cache_clear()
+
+
+def test_it_is_built_once(tmp_path, monkeypatch):
+    native.load_native.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    first = native.load_native(op.SOURCE)
+    if first is None:
+        pytest.skip("no C++ compiler on this machine")
+    (library,) = (tmp_path / "native").iterdir()
+    written = library.stat().st_mtime_ns
+    native.load_native.cache_clear()
+    native.load_native(op.SOURCE)
+    assert library.stat().st_mtime_ns == written
+    native.load_native.cache_clear()
+
+
+def modes():
+    """Every way to ask for a gradient, by name."""
+
+    def plain(f, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(f(x), x)[0]
+
+    def functional(f, x):
+        return torch.func.grad(f)(x)
+
+    def compiled_plain(f, x):
+        return plain(torch.compile(f, fullgraph=True), x)
+
+    def compiled_functional(f, x):
+        return torch.compile(lambda x: torch.func.grad(f)(x), fullgraph=True)(x)
+
+    return {m.__name__: m for m in (plain, functional, compiled_plain, compiled_functional)}
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("mode", modes())
+def test_its_own_backward_is_the_one_that_runs(mode, monkeypatch):
+    """The op is opaque, so a dropped backward is zero; and a marked one shows that it was this one that ran."""
+    logits, cotangent = case(3, (6,), 1.0, torch.float64)
+
+    def loss(f, x):
+        return (f(x) * cotangent).sum()
+
+    expected = torch.func.grad(lambda x: loss(fn.sinkhorn_knopp, x))(logits)
+    actual = modes()[mode](lambda x: loss(sinkhorn_knopp, x), logits)
+    torch.testing.assert_close(actual, expected)
+    assert expected.abs().max() > 1e-2
+
+    module = __import__("rlm_mhc.kernels.sinkhorn.function", fromlist=["sinkhorn_backward"])
+    monkeypatch.setattr(module, "sinkhorn_backward", lambda x, g, k: 3 * sinkhorn_backward(x, g, k))
+    torch._dynamo.reset()
+    torch.testing.assert_close(modes()[mode](lambda x: loss(sinkhorn_knopp, x), logits), 3 * expected)
+
+
+def test_vmap_and_refusals():
+    logits, _ = case(3, (4, 5), 1.0, torch.float64)
+    for axis in (0, 1):
+        torch.testing.assert_close(
+            torch.vmap(sinkhorn_knopp, in_dims=axis, out_dims=axis)(logits), fn.sinkhorn_knopp(logits)
+        )
+    with pytest.raises(ValueError, match="num_iters=0"):
+        sinkhorn_knopp(logits, num_iters=0)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from rlm_mhc.program.stage import chain, recompute, residual, stage
+from rlm_mhc.testing import assert_trees_close
+
+WEIGHTS = {"a": torch.randn(3, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64), "c": torch.ones(3)}
+
+
+def linear(a, x):
+    return x @ a.T
+
+
+def shift(b, c, pair):
+    return pair[0] * b + c, pair[1] ** 2
+
+
+def split(x):
+    return x.sin(), x.cos()
+
+
+def join(pair):
+    return pair[0] * pair[1]
+
+
+def whole(a, b, c, x):
+    return x + join(shift(b, c, split(linear(a, x))))
+
+
+def build(wrap=lambda s: s):
+    parts = [stage(linear, "a"), stage(split), stage(shift, "b", constants=("c",)), stage(join)]
+    return residual(chain(*map(wrap, parts)))
+
+
+@pytest.mark.parametrize("make", [build, lambda: recompute(build()), lambda: build(recompute)])
+def test_a_chain_has_the_gradient_of_the_whole(make):
+    x, g = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    a, b, c = WEIGHTS["a"], WEIGHTS["b"], WEIGHTS["c"]
+    expected, pull = torch.func.vjp(lambda a, b, x: whole(a, b, c, x), a, b, x)
+    ga, gb, gx = pull(g)
+    s = make()
+    y, kept = s.forward(WEIGHTS, x)
+    grads, cotangent = s.backward(WEIGHTS, x, kept, g)
+    assert_trees_close((y, grads, cotangent), (expected, {"a": ga, "b": gb}, gx), 1e-13)
+
+
+def test_recompute_keeps_nothing_and_a_chain_its_inner_inputs():
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert recompute(build()).forward(WEIGHTS, x)[1] == ()
+    inner, _ = build().forward(WEIGHTS, x)[1]
+    assert_trees_close(inner[0], linear(WEIGHTS["a"], x), 0.0)
+    assert len(inner) == 3
