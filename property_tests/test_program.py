@@ -19,8 +19,8 @@ def disturbed(config, dtype):
 
 
 def floor(grads):
-    """Leaves that are zero by symmetry hold only rounding: they are compared with the largest of all."""
-    return 1e-3 * max(g.abs().max().item() for g in named_leaves(grads).values())
+    """Leaves that are zero by symmetry, or small by cancellation, hold the rounding of larger ones."""
+    return 1e-2 * max(g.abs().max().item() for g in named_leaves(grads).values())
 
 
 @settings(max_examples=30, deadline=None)
@@ -33,9 +33,10 @@ def floor(grads):
 )
 def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumulation, dtype):
     remat = "none" if remat == "mhc" and not config.mhc_enabled else remat
-    params = disturbed(config, dtype)
+    exact = disturbed(config, torch.float64)
+    params = tree_map(lambda w: w.to(dtype), exact)
     batch = random_batch(config, 2 * ranks * accumulation, 7, ignored=0.3)
-    expected, value = torch.func.grad_and_value(fn.loss)(params, batch, config)
+    expected, value = torch.func.grad_and_value(fn.loss)(exact, batch, config)
     scale = 1 / fn.count_targets(batch.targets).clamp(min=1).to(dtype)
 
     def run(rank, reduce):
@@ -46,6 +47,6 @@ def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumul
 
     results = ranks_in_threads(ranks, run)
     loss = sum(result.loss for result in results)
-    torch.testing.assert_close(loss.to(dtype), value, rtol=10 * TOLERANCE[dtype], atol=0)
+    torch.testing.assert_close(loss.double(), value, rtol=TOLERANCE[dtype], atol=0)
     for result in results:
         assert_trees_close(result.grads, expected, TOLERANCE[dtype], floor(expected))

@@ -20,23 +20,22 @@ from rlm_mhc.fn.rope import rotary_embedding
 from rlm_mhc.params import MLP, Linear
 from rlm_mhc.program.attention import attention_stage
 from rlm_mhc.program.hyper import hyper
-from rlm_mhc.program.stage import Stage, chain, recompute, residual, stage
+from rlm_mhc.program.stage import Stage, chain, residual, stage
 
 MLP_PARTS = ("gate", "up", "down")
 
 
-def block_stage(config: ModelConfig, kernels: Kernels, remat: str) -> Stage:
+def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = True) -> Stage:
     """`hidden -> hidden` of one layer, its weights under their names in `Layer`, with `cos` and `sin` beside them.
 
-    `remat` decides what it keeps: `none` the input of every stage, `mhc` all but the streams, `full` nothing.
+    It keeps the input of every inner stage, with `keep_streams=False` all but the streams between its two halves.
     """
     sites = (("attn_mhc", _attention(config, kernels)), ("mlp_mhc", _mlp(config, kernels)))
     if config.mhc_enabled:
         parts = [hyper(site, branch, config, kernels) for site, branch in sites]
     else:
         parts = [residual(branch) for _, branch in sites]
-    block = chain(*parts, keep=remat != "mhc")
-    return recompute(block) if remat == "full" else block
+    return chain(*parts, keep=keep_streams)
 
 
 def _attention(config: ModelConfig, kernels: Kernels) -> Stage:

@@ -1,5 +1,6 @@
 """The few functions that a step consists of, each compiled once and shared by all layers."""
 
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from rlm_mhc.fn.mhc import expand_streams
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import Embedding, Linear, LMParams, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
-from rlm_mhc.program.stage import Weights
+from rlm_mhc.program.stage import Weights, recompute
 
 SAMPLED_TOKENS = 64
 Announce = Callable[[int, int, str], object]
@@ -35,7 +36,6 @@ class Functions(NamedTuple):
     replay: Callable[..., Any]
 
 
-# In the order in which a step first calls them.
 NAMES = {
     "embed": "embedding",
     "forward": "block, forward",
@@ -53,15 +53,17 @@ def make_functions(
     `announce(number, of, name)` is called before each is compiled, which happens at its first call. What is compiled
     serves one shape: make new functions for another.
     """
-    block = block_stage(config, kernels, remat)
+    keeping = block_stage(config, kernels, keep_streams=remat != "mhc")
+    block = recompute(keeping) if remat == "full" else keeping
 
     def embed(matrix: Tensor, tokens: Tensor) -> Tensor:
         x = torch.nn.functional.embedding(tokens, matrix)
         return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
 
     def forward(weights: Weights, hidden: Tensor) -> tuple[Tensor, Any, list[Tensor]]:
-        hidden, kept, res = _forward_and_mappings(weights, hidden)
-        return hidden.contiguous(), kept, [_sample(matrices) for matrices in res]
+        hidden, kept = keeping.forward(weights, hidden)
+        res = [_sample(matrices) for matrices in residual_mappings(kept, config)]
+        return hidden.contiguous(), () if remat == "full" else kept, res
 
     def backward(weights: Weights, hidden: Tensor, kept: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         grads, cotangent = block.backward(weights, hidden, kept, cotangent)
@@ -79,27 +81,21 @@ def make_functions(
         g_norm, g_matrix, g_hidden = grads
         return value, g_norm, g_matrix, g_hidden.contiguous()
 
-    def _forward_and_mappings(weights: Weights, hidden: Tensor) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
-        if remat == "full":
-            keeping = block_stage(config, kernels, "none")
-            hidden, kept = keeping.forward(weights, hidden)
-            return hidden, (), residual_mappings(kept, config)
-        hidden, kept = block.forward(weights, hidden)
-        return hidden, kept, residual_mappings(kept, config)
-
     def replay(hidden: Tensor, kept: Any) -> Tensor:
-        assert block.replay is not None
-        return block.replay(hidden, kept).contiguous()
+        assert keeping.replay is not None
+        return keeping.replay(hidden, kept).contiguous()
 
     functions = Functions(embed, forward, head_chunk, backward, replay)
     if not compiled:
         return functions
-    used = list(NAMES) if remat == "mhc" else [field for field in NAMES if field != "replay"]
-    done = {
-        field: _compile(getattr(functions, field), NAMES[field], used.index(field) + 1, len(used), announce)
-        for field in used
-    }
-    return functions._replace(**done)
+    used = [field for field in NAMES if field != "replay" or remat == "mhc"]
+    numbers = itertools.count(1)
+
+    def say(name: str) -> None:
+        if announce is not None:
+            announce(next(numbers), len(used), name)
+
+    return functions._replace(**{field: _compile(getattr(functions, field), NAMES[field], say) for field in used})
 
 
 def _sample(res: Tensor) -> Tensor:
@@ -108,17 +104,15 @@ def _sample(res: Tensor) -> Tensor:
     return matrices[:: max(1, len(matrices) // SAMPLED_TOKENS)].clone()
 
 
-def _compile(f: Any, name: str, number: int, of: int, announce: Announce | None) -> Any:
+def _compile(f: Any, name: str, say: Callable[[str], None]) -> Any:
     # Dynamo counts recompilations per code object: without one of its own, the ninth program of a process fails.
     own = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
     run = torch.compile(own, fullgraph=True, dynamic=False)
-    if announce is None:
-        return run
-    waiting = [announce]
+    unsaid = [name]
 
     def first_announced(*arguments: Any) -> Any:
-        if waiting:
-            waiting.pop()(number, of, name)
+        if unsaid:
+            say(unsaid.pop())
         return run(*arguments)
 
     return first_announced

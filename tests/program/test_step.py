@@ -3,6 +3,8 @@ import torch
 
 from rlm_mhc import TrainConfig, fn
 from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.program.gradients import stored_every
+from rlm_mhc.program.precision import LossScale, next_loss_scale
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
 from rlm_mhc.tree import tree_leaves, tree_map
 
@@ -150,17 +152,102 @@ def test_a_batch_of_another_size_is_refused():
         run(config, training(), random_batch(config, 3, 9))
 
 
+@pytest.mark.parametrize("remat", ["mhc", "full"])
+def test_every_policy_gives_the_gradient_of_keeping_all(remat):
+    config = small_config(num_layers=5)
+    batch = random_batch(config, 4, 9, ignored=0.3)
+    assert stored_every(config) == 2  # so that mhc rebuilds the streams of layers 1 and 3
+    assert_trees_close(gradient(config, training(remat=remat), batch), gradient(config, training(), batch), 1e-6)
+
+
+def test_gradient_checkpointing_means_full_and_contradictions_are_refused():
+    assert training(gradient_checkpointing=True).remat_policy(small_config()) == "full"
+    with pytest.raises(ValueError, match="leave one out"):
+        training(gradient_checkpointing=True, remat="mhc")
+    with pytest.raises(ValueError, match="the model has none"):
+        make_train_step(small_config(mhc_enabled=False), training(remat="mhc"))
+
+
+def test_fp16_scales_the_loss_and_stays_near_fp32():
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    _, exact = run(config, training(), batch, steps=3)
+    state, metrics = run(config, training(mixed_precision="fp16"), batch, steps=3)
+    assert {leaf.dtype for leaf in tree_leaves(state.params)} == {torch.float32}
+    torch.testing.assert_close(metrics["loss"], exact["loss"], rtol=2e-3, atol=0)
+    torch.testing.assert_close(metrics["grad_norm"], exact["grad_norm"], rtol=1e-2, atol=0)
+    assert metrics["loss_scale"] == 2**16
+    assert metrics["skipped"] == 0
+    assert state.loss_scale.good_steps == 3
+    assert state.optimizer.step == 3
+
+
+def test_fp16_skips_a_step_that_overflows_and_halves_the_scale():
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    train_config = training(mixed_precision="fp16")
+    state = init_train_state(config, train_config, device="cpu")
+    huge = state._replace(loss_scale=LossScale(torch.tensor(2.0**40), torch.tensor(7)))
+    step = make_train_step(config, train_config)
+    after, metrics = step(huge, batch)
+    assert metrics["skipped"] == 1
+    assert not metrics["grad_norm"].isfinite()
+    assert_trees_close((after.params, after.optimizer), (huge.params, huge.optimizer), 0.0)
+    assert after.loss_scale == (2.0**39, 0)
+    assert after.step == 1
+    for _ in range(40):
+        after, metrics = step(after, batch)
+    assert metrics["skipped"] == 0
+    assert not torch.equal(after.params.embed_tokens.weight, state.params.embed_tokens.weight)
+
+
+def test_the_loss_scale_grows_after_many_good_steps():
+    scale = LossScale(torch.tensor(4.0), torch.tensor(1999))
+    assert next_loss_scale(scale, torch.tensor(0.0)) == (8.0, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
-def test_compiled_step_equals_eager_and_compiles_no_layer_twice():
-    config, batch = small_config(num_layers=3, mhc_sinkhorn_iters=3), random_batch(small_config(), 4, 9)
+@pytest.mark.parametrize(
+    ("mhc", "remat", "precision", "tolerance"),
+    [
+        (True, "none", "fp32", 1e-4),
+        (False, "none", "fp32", 1e-4),
+        (True, "mhc", "fp32", 1e-4),
+        (True, "full", "bf16", 0.1),
+    ],
+)
+def test_the_compiled_step_has_the_gradients_of_the_loss(mhc, remat, precision, tolerance):
+    config = small_config(num_layers=5, mhc_enabled=mhc, mhc_sinkhorn_iters=3)
+    batch = random_batch(config, 4, 9, ignored=0.3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    expected, expected_metrics = run(config, training(), batch, steps=3)
-    actual, metrics = run(config, training(compile=True), batch, steps=3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-    assert_trees_close(metrics, expected_metrics, 1e-4)
-    assert_trees_close(actual.params, expected.params, 1e-2)
+    seen, said = [], []
+    train_config = training(compile=True, remat=remat, mixed_precision=precision)
+    state = init_train_state(config, train_config, device="cpu")
+    step = make_train_step(
+        config, train_config, reduce=lambda g: seen.append(g.clone()) or g, announce=lambda *what: said.append(what)
+    )
+    for _ in range(3):
+        state, _ = step(state, batch)
+    functions = 5 if remat == "mhc" else 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == functions
+    assert [number for number, _, _ in said] == list(range(1, functions + 1))
+    assert {of for _, of, _ in said} == {functions}
+
+    grads = torch.func.grad(fn.loss)(fn.init(config), batch, config)
+    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(layer)]) for layer in reversed(grads.layers)]
+    assert_trees_close(seen[1 : 1 + len(expected)], expected, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_another_length_is_compiled_anew_and_correct():
+    config = small_config(num_layers=1, mhc_enabled=False)
+    step = make_train_step(config, training(compile=True))
+    for length in (4, 9, 4):
+        batch = random_batch(config, 4, length)
+        state = init_train_state(config, training(), device="cpu")
+        _, metrics = step(state, batch)
+        torch.testing.assert_close(metrics["loss"], fn.loss(state.params, batch, config))
 
 
 @pytest.mark.gpu
