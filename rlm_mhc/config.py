@@ -148,7 +148,8 @@ class TrainConfig:
     One update sees `batch_size × gradient_accumulation_steps` sequences per device.
     `mixed_precision` `bf16` and `fp16` keep fp32 weights and compute on a copy; mHC stays in fp32. `remat` says what a
     layer keeps for its backward: `none` recomputes nothing that is dear, `mhc` all streams but every few layers',
-    `full` the whole layer; `gradient_checkpointing=True` means `full`.
+    `full` the whole layer; `gradient_checkpointing=True` means `full`. `attention` names the library whose fused
+    kernels are run.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -165,6 +166,7 @@ class TrainConfig:
     mixed_precision: str = one_of("bf16", "fp16", "fp32")
     gradient_checkpointing: bool = False
     remat: str = one_of("none", "mhc", "full")
+    attention: str = one_of("torch", "flash_attn")
     max_grad_norm: float = positive(1.0)
     save_steps: int = at_least(1, 1000)
     save_total_limit: int = at_least(1, 5)

@@ -65,10 +65,9 @@ def test_a_wrong_model_value_names_field_value_and_remedy(fields, words):
         (dict(optimizer={"betas": [0.9]}), ["optimizer.betas=[0.9]", "2 numbers"]),
         (dict(optimizer={"betas": [0.9, 1.5]}), ["betas"]),
         (dict(optimizer=3), ["optimizer=3"]),
-        (dict(mixed_precision="fp8"), ["mixed_precision='fp8'", "bf16, fp32"]),
-        (dict(mixed_precision="fp16"), ["not in this version"]),
-        (dict(remat="full"), ["not in this version"]),
-        (dict(gradient_checkpointing=True), ["gradient_checkpointing=True", "not in this version"]),
+        (dict(mixed_precision="fp8"), ["mixed_precision='fp8'", "bf16, fp16, fp32"]),
+        (dict(remat="half"), ["remat='half'", "none, mhc, full"]),
+        (dict(remat="mhc", gradient_checkpointing=True), ["remat='full'", "leave one out"]),
         (dict(batch_size=0), ["batch_size=0"]),
     ],
 )

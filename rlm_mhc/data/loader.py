@@ -19,10 +19,13 @@ class Position(NamedTuple):
     offset: int = 0
 
 
-def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = True) -> tuple[Batch, Position]:
-    """`size` sequences from a position on, and the position after them; a batch may straddle epochs.
+def next_batch(
+    data: Windows, position: Position, size: int, *, shuffle: bool = True, rank: int = 0, world: int = 1
+) -> tuple[Batch, Position]:
+    """A rank's `size` of the `size · world` sequences from a position on, and the position after all of them.
 
-    Within an epoch every window is drawn once.
+    Within an epoch every window is drawn once; a batch may straddle epochs. The ranks' parts are disjoint and
+    together what one rank would draw.
 
     Raises:
         ValueError: when there is no window, or the position lies outside the data.
@@ -38,12 +41,12 @@ def next_batch(data: Windows, position: Position, size: int, *, shuffle: bool = 
         raise ValueError(f"{position}: outside the data, which holds {data.total} windows")
     rows = []
     seed, epoch, offset = position
-    for _ in range(size):
+    for _ in range(size * world):
         rows.append(int(_order(seed, epoch, data.total)[offset]) if shuffle else offset)
         offset += 1
         if offset == data.total:
             epoch, offset = epoch + 1, 0
-    return _batch(data, rows), Position(seed, epoch, offset)
+    return _batch(data, rows[rank * size : (rank + 1) * size]), Position(seed, epoch, offset)
 
 
 def eval_batches(data: Windows, size: int, limit: int) -> Iterator[Batch]:

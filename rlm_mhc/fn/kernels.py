@@ -1,5 +1,6 @@
 """The operations that a model is made of, as an argument: swap one without touching the model."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from rlm_mhc.fn.mlp import swiglu
 from rlm_mhc.fn.norm import rms_norm
 
 
-class Differentiable(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Differentiable:
     """A function together with both halves of its derivative, for a program that keeps what lies between them.
 
     `forward(*inputs) -> (output, saved)`; `backward(inputs, saved, cotangent) -> cotangents of the inputs`. Called,

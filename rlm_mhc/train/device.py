@@ -25,21 +25,25 @@ DENSE_BF16_FLOPS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or for `auto` the CUDA device where there is one.
+    """`cpu`, `cuda`, or for `auto` the CUDA device where there is one; under torchrun this process's own.
 
     Raises:
-        ValueError: when a CUDA device is asked for and there is none, or inside a job of several processes.
+        ValueError: when a CUDA device is asked for and there is none, or fewer than processes on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "WORLD_SIZE is above 1, but training on several processes is not in this version yet; "
-            "start one process with python"
-        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: this machine has no CUDA device that PyTorch can use; use device=cpu or auto")
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"device=cuda: this machine has {torch.cuda.device_count()} CUDA devices, too few for a process each; "
+            "start torchrun with a smaller --nproc-per-node"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def check_compiler(device: torch.device, wanted: bool) -> None:

@@ -1,6 +1,7 @@
 """The training loop: batches in, metrics, pictures and checkpoints out."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ from tqdm import tqdm
 from rlm_mhc import fn
 from rlm_mhc.checkpoint import save_run
 from rlm_mhc.data import Position, Prepared, eval_batches, next_batch
+from rlm_mhc.parallel import Ranks, sum_over_ranks
 from rlm_mhc.params import cast
+from rlm_mhc.program.gradients import chunk_tokens
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.program.step import TrainStep
@@ -25,6 +28,8 @@ from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.train.start import Start
 
 SECONDS_BETWEEN_PICTURES = 15.0
+ALONE = Ranks()
+SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 def train(
@@ -33,8 +38,9 @@ def train(
     step: TrainStep,
     data: Prepared,
     plan: Plan,
-    log: MetricsLog,
+    log: MetricsLog | None = None,
     report: Callable[[dict[str, Any]], object] = lambda record: None,
+    ranks: Ranks = ALONE,
 ) -> TrainState:
     """Update `state` until `max_steps`, logging, evaluating, drawing and saving on the way.
 
@@ -44,61 +50,93 @@ def train(
         step: of `make_train_step`.
         data: what to train and evaluate on.
         plan: of `make_plan`, for tokens and operations per step.
-        log: receives one record per logged step.
+        log: receives one record per logged step; None on the ranks that do not write.
         report: receives the same records, for wandb and the like.
+        ranks: who takes part; only the first logs, draws and saves.
 
     Raises:
         ValueError: when the loss is no longer finite.
     """
     training, (state, position, seen) = run.training, start
-    first = int(state.step)
+    first, skipped = int(state.step), torch.zeros((), device=state.step.device)
     seen -= first * plan.tokens_per_step
     device = state.params.norm.weight.device
-    session = _Session(log, report, run, plan)
+    session = _Session(log, report, run, plan) if log is not None else None
     speed = _Speed(plan)
-    if training.compile:
-        print("compiling    once per machine and shape; the first step takes about a minute …", flush=True)
-    with tqdm(total=training.max_steps, initial=first, desc="training", unit="step") as bar:
+    with _bar(training.max_steps, first, ranks) as bar:
         for number in range(first + 1, training.max_steps + 1):
-            batch, position = next_batch(data.train, position, training.sequences_per_step, shuffle=run.data.shuffle)
+            batch, position = next_batch(
+                data.train,
+                position,
+                training.sequences_per_step,
+                shuffle=run.data.shuffle,
+                rank=ranks.rank,
+                world=ranks.world,
+            )
             state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
+            if "skipped" in metrics:
+                skipped = skipped + metrics["skipped"]
+                metrics["skipped"] = skipped
             last = number == training.max_steps
             saved = last or number % training.save_steps == 0
             evaluated = last or number == 1 or number % training.eval_steps == 0
             drawn = False
             if evaluated or saved or number % training.logging_steps == 0:
-                tokens = seen + number * plan.tokens_per_step
+                tokens, skipped = seen + number * plan.tokens_per_step, torch.zeros((), device=device)
                 record = _record(number, tokens, metrics) | speed.read(number)
                 if evaluated:
-                    record["eval/loss"] = evaluate(state, run, data)
+                    record["eval/loss"] = evaluate(state, run, data, ranks)
                 _require_finite(record)
-                drawn = session.write(record)
+                drawn = session.write(record) if session else False
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
-            if saved:
+            if saved and ranks.is_first:
                 save(run, state, position, data, seen + number * plan.tokens_per_step)
             if evaluated or saved or drawn or number == first + 1:
                 # None of these, nor the first step, which compiles, says anything about speed.
                 speed.restart(number)
-    if first < training.max_steps:
+    if session and first < training.max_steps:
         session.draw()
     return state
 
 
-def evaluate(state: TrainState, run: RunConfig, data: Prepared) -> float | None:
-    """Mean loss in nats over the held-out batches, the same ones every time; None where nothing is held out."""
+def evaluate(state: TrainState, run: RunConfig, data: Prepared, ranks: Ranks = ALONE) -> float | None:
+    """Mean loss in nats over the held-out batches, the same ones every time; None where nothing is held out.
+
+    Each rank takes its share of the batches.
+    """
     if data.evaluation.total < 1:
         return None
     training, config = run.training, run.model
     params = cast(state.params, config, COMPUTE_DTYPE[training.mixed_precision])
     device = params.norm.weight.device
-    total, counted = torch.zeros((), device=device), 0
+    sums = torch.zeros(2, device=device, dtype=torch.float32)
     with torch.no_grad():
-        for batch in eval_batches(data.evaluation, training.batch_size, training.eval_batches):
-            logits = fn.forward(params, batch.tokens.to(device), config)
-            total += fn.token_loss_sum(logits, batch.targets.to(device))
-            counted += int(fn.count_targets(batch.targets))
-    return total.item() / max(counted, 1)
+        for number, batch in enumerate(eval_batches(data.evaluation, training.batch_size, training.eval_batches)):
+            if number % ranks.world != ranks.rank:
+                continue
+            hidden = fn.backbone(params, batch.tokens.to(device), config).hidden.flatten(0, 1)
+            targets = batch.targets.flatten().to(device)
+            size = chunk_tokens(len(targets), config.vocab_size, device)
+            for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+                sums[0] += fn.token_loss_sum(fn.head(params, rows, config), wanted)
+            sums[1] += fn.count_targets(targets)
+    total, counted = sum_over_ranks(sums, ranks).tolist()
+    return total / max(counted, 1)
+
+
+def _bar(total: int, initial: int, ranks: Ranks) -> Any:
+    # In a file every refresh is a line of its own.
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc="training",
+        unit="step",
+        mininterval=interval,
+        maxinterval=2 * interval,
+        disable=not ranks.is_first,
+    )
 
 
 def save(run: RunConfig, state: TrainState, position: Position, data: Prepared, tokens: int) -> Path:
@@ -115,6 +153,8 @@ def save(run: RunConfig, state: TrainState, position: Position, data: Prepared, 
         "data": data.fingerprint,
         "torch_version": torch.__version__,
     }
+    if state.loss_scale:
+        trainer_state["loss_scale"] = {name: value.item() for name, value in state.loss_scale._asdict().items()}
     return save_run(
         Path(run.output_dir) / CHECKPOINTS,
         state.params,
@@ -184,6 +224,14 @@ def _postfix(record: dict[str, Any]) -> str:
 
 
 def _require_finite(record: dict[str, Any]) -> None:
+    if record.get("skipped"):
+        tqdm.write(
+            f"step {record['step']}: {record['skipped']:.0f} steps skipped since the last line, for gradients that "
+            f"were not finite; the loss scale is {record['loss_scale']:g}"
+        )
+        if record["loss_scale"] > SMALLEST_LOSS_SCALE and math.isfinite(record["train/loss"]):
+            record["grad_norm"] = record["grad_norm"] if math.isfinite(record["grad_norm"]) else None
+            return
     losses = (record["train/loss"], record["grad_norm"], record.get("eval/loss") or 0.0)
     if not all(map(math.isfinite, losses)):
         raise ValueError(

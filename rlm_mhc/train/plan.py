@@ -46,7 +46,7 @@ class Plan(NamedTuple):
             )
 
 
-def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: torch.device) -> Plan:
+def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: torch.device, world: int = 1) -> Plan:
     """Count parameters, tokens, operations and memory of a run with sequences of `length` tokens.
 
     Activations are those that plain autograd keeps, traced without memory on one block and the head of the real
@@ -56,18 +56,20 @@ def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: t
     total = count(config)
     available = available_bytes(device)
     parts = _memory(config, training, length, compute, available)
-    tokens = training.sequences_per_step * length
+    tokens = training.sequences_per_step * length * world
     flops = flops_per_token(config, length) * tokens
     peak, basis = peak_rate(device, compute)
+    peak *= world
     seconds = training.max_steps * flops / (peak * TYPICAL_UTILISATION[device.type])
     kind = f"mHC with {config.mhc_flows} streams" if config.mhc_enabled else "plain residual"
     needed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
     lines: tuple[str, ...] = (
         f"model        {total:,} parameters: {config.num_layers} layers, width {config.hidden_dim}, {kind}",
-        f"device       {describe(device)}; peak {basis}",
+        f"device       {f'{world} × ' if world > 1 else ''}{describe(device)}; peak {basis}",
         f"precision    {training.mixed_precision}{', compiled' if training.compile else ', not compiled'}",
         f"batch        {tokens:,} tokens per step = {training.batch_size} sequences × "
-        f"{training.gradient_accumulation_steps} accumulated × {length} tokens",
+        f"{training.gradient_accumulation_steps} accumulated × {length} tokens"
+        + (f" × {world} ranks" if world > 1 else ""),
         f"work         {training.max_steps:,} steps, {training.max_steps * tokens:,} tokens, "
         f"{flops * training.max_steps:.2e} floating-point operations",
         f"memory       {_gib(sum(parts.values()))} needed: {needed}",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
 from rlm_mhc.fn import adamw_init
 from rlm_mhc.program import TrainState, init_train_state
+from rlm_mhc.program.precision import LossScale, init_loss_scale
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train.run_config import RunConfig
 
@@ -35,7 +36,9 @@ def starting_point(run: RunConfig, checkpoint: Path | None, data: Prepared, devi
     saved = load_run(checkpoint, adamw_init, device)
     if saved.config != run.model:
         raise ValueError(f"{checkpoint}: a model of another shape: {_differences(saved.config, run.model)}")
-    state = resume_train_state(saved.params, saved.optimizer, saved.trainer_state["step"])
+    state = resume_train_state(
+        saved.params, saved.optimizer, saved.trainer_state["step"], _loss_scale(run, saved.trainer_state, device)
+    )
     position = Position(run.seed)
     if saved.trainer_state.get("data") == data.fingerprint:
         position = Position(**saved.trainer_state["position"])
@@ -43,6 +46,13 @@ def starting_point(run: RunConfig, checkpoint: Path | None, data: Prepared, devi
         print("             the data are others than the checkpoint's: they start at their beginning", flush=True)
     print(f"resumed      {checkpoint}, step {int(state.step)}", flush=True)
     return Start(state, position, saved.trainer_state.get("tokens", 0))
+
+
+def _loss_scale(run: RunConfig, saved: dict[str, Any], device: torch.device) -> LossScale | tuple[()]:
+    fresh = init_loss_scale(run.training.mixed_precision, device)
+    if not fresh or "loss_scale" not in saved:
+        return fresh
+    return LossScale(*(torch.tensor(saved["loss_scale"][name], device=device) for name in LossScale._fields))
 
 
 def _differences(theirs: ModelConfig, ours: ModelConfig) -> str:

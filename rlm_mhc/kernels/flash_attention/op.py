@@ -1,0 +1,77 @@
+"""The flash-attn package's forward and backward, called by their two halves.
+
+Its own autograd function cannot be used under `torch.func` (flash-attention issue 2071).
+"""
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.fn.kernels import Differentiable
+
+NO_WINDOW = -1
+
+
+def require_flash_attention() -> None:
+    """Refuse to go on without the package.
+
+    Raises:
+        ValueError: when flash-attn is not installed.
+    """
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError("flash-attn is not installed: pip install 'rlm-mhc[gpu]', or use training.attention=torch")
+
+
+def _function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
+    return flash_attn_func(q, k, v, causal=True).transpose(-2, -3)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+    from flash_attn.flash_attn_interface import _flash_attn_forward
+
+    q, k, v = (x.transpose(-2, -3).contiguous() for x in (q, k, v))
+    scale = 1 / math.sqrt(q.shape[-1])
+    out, lse, _, random_state = _flash_attn_forward(
+        q, k, v, 0.0, scale, True, NO_WINDOW, NO_WINDOW, 0.0, None, return_softmax=False
+    )
+    return out.transpose(-2, -3), (out, lse, random_state)
+
+
+def _backward(inputs: tuple[Tensor, Tensor, Tensor], saved: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    out, lse, random_state = saved
+    q, k, v, g = (x.transpose(-2, -3).contiguous() for x in (*inputs, cotangent))
+    gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scale = 1 / math.sqrt(q.shape[-1])
+    _flash_attn_backward(
+        g,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        gq,
+        gk,
+        gv,
+        0.0,
+        scale,
+        True,
+        NO_WINDOW,
+        NO_WINDOW,
+        0.0,
+        None,
+        True,
+        rng_state=random_state,
+    )
+    return tuple(x.transpose(-2, -3) for x in (gq, gk, gv))
+
+
+flash_attention = Differentiable(_function, _forward, _backward)
+"""`(q, k, v)` as `fn.causal_attention`, fp16 or bf16 on CUDA: `REFERENCE._replace(attention=flash_attention)`."""

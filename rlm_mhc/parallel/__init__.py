@@ -1,0 +1,27 @@
+"""Several processes as ranks of one run: data parallelism, agreement at the start, and a watch over one another."""
+
+from rlm_mhc.parallel.agreement import checksum, code_version, require_agreement
+from rlm_mhc.parallel.ranks import (
+    Ranks,
+    all_reduce,
+    end_ranks,
+    first_before_others,
+    from_first,
+    start_ranks,
+    sum_over_ranks,
+)
+from rlm_mhc.parallel.watch import watch_ranks
+
+__all__ = [
+    "Ranks",
+    "all_reduce",
+    "checksum",
+    "code_version",
+    "end_ranks",
+    "first_before_others",
+    "from_first",
+    "require_agreement",
+    "start_ranks",
+    "sum_over_ranks",
+    "watch_ranks",
+]

@@ -1,0 +1,96 @@
+"""The ranks of a run under torchrun, and the one reduction that data parallelism needs."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+# Long enough for one rank to tokenize, evaluate or save while others wait; a dead rank is noticed by the watch.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+class Ranks(NamedTuple):
+    """This process is number `rank` of `world`; alone it is 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes and prints."""
+        return self.rank == 0
+
+
+def start_ranks(device: torch.device) -> Ranks:
+    """Join the processes that torchrun started, over nccl on CUDA and gloo on the CPU; alone, do nothing.
+
+    Raises:
+        ValueError: where the environment names several processes but not which of them this is.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE={world} but no {', '.join(missing)}: start several processes with torchrun")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(dist.get_rank(), world)
+
+
+def end_ranks(ranks: Ranks) -> None:
+    """Leave the group."""
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+class Pending(NamedTuple):
+    """A vector that is being summed over the ranks, in place."""
+
+    vector: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The sum."""
+        self.work.wait()
+        return self.vector
+
+
+def all_reduce(vector: Tensor) -> Pending:
+    """Begin to sum a vector over all ranks: the `reduce` of `make_train_step` for data parallelism.
+
+    The sum takes the place of the vector, and is there once `wait()` returned it. On CUDA it runs on a stream of its
+    own, on the CPU in a thread of its own, beside the backward of earlier layers.
+    """
+    work = dist.all_reduce(vector, async_op=True)
+    assert work is not None
+    return Pending(vector, work)
+
+
+def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor summed over the ranks, now."""
+    return all_reduce(values.clone()).wait() if ranks.world > 1 else values
+
+
+def from_first(ranks: Ranks, compute: Callable[[], T]) -> T:
+    """What `compute()` gives on the first rank, on all of them; it must be picklable."""
+    if ranks.world == 1:
+        return compute()
+    box = [compute() if ranks.is_first else None]
+    dist.broadcast_object_list(box, 0)
+    return box[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def first_before_others(ranks: Ranks) -> Iterator[None]:
+    """The body runs on the first rank alone, then on the others: they find what it left on disk."""
+    if ranks.world > 1 and not ranks.is_first:
+        dist.barrier()
+    yield
+    if ranks.world > 1 and ranks.is_first:
+        dist.barrier()

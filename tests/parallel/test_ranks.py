@@ -1,0 +1,158 @@
+"""Two processes of the main job on the CPU, as torchrun starts them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlm_mhc.checkpoint import load_run
+from rlm_mhc.fn import adamw_init
+from rlm_mhc.testing import assert_trees_close
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_1b.py"
+SMALL = [
+    "model=tiny",
+    "model.hidden_dim=32",
+    "model.num_layers=3",
+    "model.vocab_size=300",
+    "model.max_seq_len=64",
+    "model.mhc_sinkhorn_iters=5",
+    "data.max_length=16",
+    "training.gradient_accumulation_steps=2",
+    "training.mixed_precision=fp32",
+    "training.compile=false",
+    "training.scheduler.warmup_steps=2",
+    "training.optimizer.lr=3e-3",
+    "training.logging_steps=1",
+    "training.eval_steps=10",
+    "training.eval_batches=3",
+    "device=cpu",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    rows = [{"text": f"row {i}: " + "streams mix in a doubly stochastic matrix " * (1 + i % 4)} for i in range(240)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.train_path={file}"
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(RECIPE)]
+    return run([*command, *SMALL, *arguments])
+
+
+def alone(*arguments):
+    return run([sys.executable, str(RECIPE), *SMALL, *arguments])
+
+
+def run(command):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["tokens"], r["train/loss"], r.get("eval/loss")) for r in records]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_with_the_same_global_batch(corpus, tmp_path):
+    """It fails where the gradients are not summed: then the weights of rank 0 see half of the data."""
+    together = torchrun(corpus, "training.max_steps=20", "training.batch_size=2", f"output_dir={tmp_path / 'two'}")
+    assert together.returncode == 0, together.stderr
+    single = alone(corpus, "training.max_steps=20", "training.batch_size=4", f"output_dir={tmp_path / 'one'}")
+    assert single.returncode == 0, single.stderr
+    two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert [row[:2] for row in two] == [row[:2] for row in one]
+    assert len(two) == 20
+    for (_, _, a, a_eval), (_, _, b, b_eval) in zip(two, one, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+        assert (a_eval is None) == (b_eval is None)
+    checkpoints = [load_run(tmp_path / name / "checkpoints" / "checkpoint-20", adamw_init) for name in ("two", "one")]
+    assert_trees_close(checkpoints[0].params, checkpoints[1].params, 1e-3)
+    assert checkpoints[0].trainer_state["position"] == checkpoints[1].trainer_state["position"]
+    assert "2 ranks" in together.stdout
+    assert together.stdout.count("sample text") == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_on_the_first_rank_ends_all_and_is_told(corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    result = torchrun(corpus, f"output_dir={tmp_path / 'run'}")
+    assert result.returncode != 0
+    assert "already holds a run" in result.stderr
+
+
+def start(rank, port, *arguments):
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(RECIPE), *SMALL, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def two_ranks():
+    started = []
+
+    def launch(*arguments):
+        port = free_port()
+        started.extend(start(rank, port, *arguments) for rank in range(2))
+        return started
+
+    yield launch
+    for process in started:
+        process.kill()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert condition()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(corpus, tmp_path, two_ranks, dying):
+    out = tmp_path / "run"
+    ranks = two_ranks(corpus, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, 120)
+    ranks[dying].kill()
+    died = time.monotonic()
+    _, errors = ranks[1 - dying].communicate(timeout=90)
+    assert time.monotonic() - died < 60
+    assert ranks[1 - dying].returncode != 0
+    last = errors.rstrip().splitlines()[-1]
+    assert f"rank {1 - dying} ends because" in last
+    assert f"rank {dying}" in last.split("because")[1]
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_refused(corpus, tmp_path, two_ranks):
+    port = free_port()
+    common = [corpus, f"output_dir={tmp_path / 'run'}", "training.max_steps=2", "training.batch_size=2"]
+    ranks = [start(0, port, *common), start(1, port, *common, "training.optimizer.lr=1e-3")]
+    outcomes = [rank.communicate(timeout=120) for rank in ranks]
+    assert all(rank.returncode != 0 for rank in ranks)
+    assert any("rank 1 differs from rank 0 in config" in errors for _, errors in outcomes), outcomes
