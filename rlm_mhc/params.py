@@ -5,6 +5,7 @@ weight decay all derive from it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ class WeightSpec:
         return torch.randn(self.shape, generator=generator).mul_(self.std).add_(mean).to(device=device, dtype=dtype)
 
 
+@functools.cache
 def weight_table(config: ModelConfig) -> Any:
     """The tree of `WeightSpec`s of a model: an `LMParams` with a spec in place of each tensor.
 
@@ -202,7 +204,7 @@ def decay_mask(config: ModelConfig) -> LMParams:
 
 def cast(params: LMParams, config: ModelConfig, compute: torch.dtype) -> LMParams:
     """The tree in a compute dtype; mHC weights stay in fp32 or wider."""
-    return map_named(lambda _, spec, w: w.to(spec.dtype(compute)), weight_table(config), params)
+    return tree_map(lambda spec, w: w.to(spec.dtype(compute)), weight_table(config), params)
 
 
 def count(config: ModelConfig) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw as torch_adamw
 
-from rlm_mhc.tree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from rlm_mhc.tree import tree_leaves, tree_map
 from rlm_mhc.types import Scalar
 
 Tree = TypeVar("Tree")
@@ -73,9 +73,8 @@ def adamw(
     """
     if not donate:
         params, state = tree_map(torch.clone, params), tree_map(torch.clone, state)
-    leaves, spec = tree_flatten(params)
-    others = map(spec.flatten_up_to, (grads, state.exp_avg, state.exp_avg_sq, decay))
-    rows = list(zip(leaves, *others, strict=True))
+    columns = map(tree_leaves, (params, grads, state.exp_avg, state.exp_avg_sq, decay))
+    rows = list(zip(*columns, strict=True))
     for decayed, rate in ((True, weight_decay), (False, 0.0)):
         chosen = [row[:4] for row in rows if bool(row[4]) == decayed]
         if not chosen:
@@ -101,7 +100,7 @@ def adamw(
             maximize=False,
         )
     done = 1 if found_inf is None else 1 - found_inf
-    return tree_unflatten(leaves, spec), AdamWState(state.exp_avg, state.exp_avg_sq, state.step + done)
+    return params, AdamWState(state.exp_avg, state.exp_avg_sq, state.step + done)
 
 
 def global_norm(tree: Any) -> Scalar:
@@ -110,7 +109,11 @@ def global_norm(tree: Any) -> Scalar:
     >>> global_norm((torch.tensor([3.0]), torch.tensor([4.0])))
     tensor(5.)
     """
-    return get_total_norm(tree_leaves(tree))
+    leaves = tree_leaves(tree)
+    if {(leaf.device.type, leaf.dtype) for leaf in leaves} == {("cpu", torch.float32)}:
+        # On the CPU torch's norm of a list runs on one thread; a dot product runs on all.
+        return torch.stack([torch.dot(leaf.reshape(-1), leaf.reshape(-1)) for leaf in leaves]).sum().sqrt()
+    return get_total_norm(leaves)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Scalar]:

@@ -9,6 +9,7 @@ product again, so with `remat="none"` no product with a weight and no attention 
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -74,7 +75,8 @@ def _mlp(config: ModelConfig, kernels: Kernels) -> Stage:
 
     def narrow(down: Tensor, gate_and_up: tuple[Tensor, Tensor]) -> Tensor:
         gate, up = gate_and_up
-        return F.linear(F.silu(gate) * up, down)
+        # silu written out: its derivative then reads the same sigmoid, where that of F.silu computes another.
+        return F.linear(gate * torch.sigmoid(gate) * up, down)
 
     return chain(stage(widen, norm, gate, up), stage(narrow, down))
 

@@ -26,7 +26,7 @@ class Functions(NamedTuple):
     """`embed(matrix, tokens) -> hidden`;
     `forward(weights, hidden) -> (hidden, kept, sampled res of each site)`;
     `head(norm, matrix, hidden, targets, scale) -> (loss, gradients of norm and matrix, cotangent)`, of one chunk;
-    `backward(weights, hidden, kept, cotangent) -> (flat gradient, cotangent)`;
+    `backward(weights, hidden, kept, cotangent) -> (gradients, cotangent)`;
     `replay(hidden, kept) -> hidden`, the streams after a block again."""
 
     embed: Callable[..., Any]
@@ -36,6 +36,18 @@ class Functions(NamedTuple):
     replay: Callable[..., Any]
 
 
+GUARDS = {
+    "TENSOR_MATCH",
+    "SEQUENCE_LENGTH",
+    "SHAPE_ENV",
+    "GRAD_MODE",
+    "GLOBAL_STATE",
+    "DEFAULT_DEVICE",
+    "DETERMINISTIC_ALGORITHMS",
+    "TORCH_FUNCTION_STATE",
+    "FUNCTORCH_STACK_MATCH",
+    "AUTOGRAD_SAVED_TENSORS_HOOKS",
+}
 NAMES = {
     "embed": "embedding",
     "forward": "block, forward",
@@ -46,10 +58,17 @@ NAMES = {
 
 
 def make_functions(
-    config: ModelConfig, kernels: Kernels, remat: str, compiled: bool, announce: Announce | None = None
+    config: ModelConfig,
+    kernels: Kernels,
+    remat: str,
+    *,
+    flat: bool = True,
+    compiled: bool = False,
+    announce: Announce | None = None,
 ) -> Functions:
     """The functions of a model, compiled where asked for.
 
+    With `flat` the gradient of a block is one vector, in the order of its weights; without, a tuple of them.
     `announce(number, of, name)` is called before each is compiled, which happens at its first call. What is compiled
     serves one shape: make new functions for another.
     """
@@ -65,10 +84,12 @@ def make_functions(
         res = [_sample(matrices) for matrices in residual_mappings(kept, config)]
         return hidden.contiguous(), () if remat == "full" else kept, res
 
-    def backward(weights: Weights, hidden: Tensor, kept: Any, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(weights: Weights, hidden: Tensor, kept: Any, cotangent: Tensor) -> tuple[Any, Tensor]:
         grads, cotangent = block.backward(weights, hidden, kept, cotangent)
-        flat = torch.cat([widen(grads[name]).reshape(-1) for name in weights if name in grads])
-        return flat, cotangent.contiguous()
+        parts = tuple(widen(grads[name]) for name in weights if name in grads)
+        if flat:
+            parts = (torch.cat([part.reshape(-1) for part in parts]),)
+        return parts, cotangent.contiguous()
 
     def head_chunk(
         norm: Tensor, matrix: Tensor, hidden: Tensor, targets: Tensor, scale: Tensor
@@ -107,7 +128,7 @@ def _sample(res: Tensor) -> Tensor:
 def _compile(f: Any, name: str, say: Callable[[str], None]) -> Any:
     # Dynamo counts recompilations per code object: without one of its own, the ninth program of a process fails.
     own = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
-    run = torch.compile(own, fullgraph=True, dynamic=False)
+    run = torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _about_inputs})
     unsaid = [name]
 
     def first_announced(*arguments: Any) -> Any:
@@ -116,3 +137,9 @@ def _compile(f: Any, name: str, say: Callable[[str], None]) -> Any:
         return run(*arguments)
 
     return first_announced
+
+
+def _about_inputs(guards: Any) -> list[bool]:
+    """Of dynamo's guards those on inputs and on PyTorch's state; the others are on this package's own code and cost as
+    much as a small layer."""
+    return [guard.guard_type in GUARDS for guard in guards]

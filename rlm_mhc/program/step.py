@@ -15,7 +15,7 @@ from rlm_mhc.fn.optim import adamw, global_norm
 from rlm_mhc.fn.schedule import cosine_schedule
 from rlm_mhc.params import cast, decay_mask
 from rlm_mhc.program.functions import Announce
-from rlm_mhc.program.gradients import Reduce, make_gradients
+from rlm_mhc.program.gradients import Reduce, make_gradients, wait
 from rlm_mhc.program.precision import COMPUTE_DTYPE, next_loss_scale
 from rlm_mhc.program.state import TrainState
 
@@ -69,7 +69,9 @@ def make_train_step(
     tensor(1)
     """
     remat = train_config.remat_policy(config)
-    gradients = make_gradients(config, kernels, remat=remat, compiled=train_config.compile, announce=announce)
+    gradients = make_gradients(
+        config, kernels, reduce=reduce, remat=remat, compiled=train_config.compile, announce=announce
+    )
     all_ranks = reduce if reduce is not None else _same
     optimizer, schedule = train_config.optimizer, train_config.scheduler
     decay = decay_mask(config)
@@ -87,9 +89,9 @@ def make_train_step(
         counted = _total(all_ranks, count_targets(batch.targets))
         loss_scale = state.loss_scale.scale if state.loss_scale else torch.ones_like(counted)
         # Sums under one scale rather than averages of averages: ranks and microbatches may count different numbers.
-        loss, grads, res = gradients(compute, microbatches, loss_scale / counted.clamp(min=1), all_ranks)
+        loss, grads, parts, res = gradients(compute, microbatches, loss_scale / counted.clamp(min=1))
         loss = _total(all_ranks, loss) / loss_scale
-        norm = global_norm(grads) / loss_scale
+        norm = global_norm(parts) / loss_scale
         skipped = (~norm.isfinite()).to(torch.float32) if state.loss_scale else None
         lr = rate(state.step)
         params, moments = adamw(
@@ -121,8 +123,7 @@ def _same(vector: Tensor) -> Tensor:
 
 def _total(reduce: Callable[[Tensor], Any], value: Tensor) -> Tensor:
     """A 0-d tensor summed over the ranks, in fp32."""
-    pending = reduce(value.to(torch.float32).reshape(1))
-    return (pending.wait() if hasattr(pending, "wait") else pending)[0]
+    return wait(reduce(value.to(torch.float32).reshape(1)))[0]
 
 
 def _microbatches(batch: Batch, train_config: TrainConfig) -> list[Batch]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-MEMORY_ADVICE = "use a smaller model, a smaller training.batch_size, a shorter data.max_length, or more devices"
+MEMORY_ADVICE = "use training.remat=full, a smaller model or training.batch_size, or a shorter data.max_length"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Dense bf16 rates that the makers name; the first pattern that fits the device's name counts.
 DENSE_BF16_FLOPS = {

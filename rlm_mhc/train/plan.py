@@ -1,23 +1,21 @@
 """What a run is about to do and what it needs, said before it starts."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlm_mhc.config import ModelConfig, TrainConfig
-from rlm_mhc.fn import Batch, count, embed, head, init, positions, token_loss_sum
-from rlm_mhc.fn.block import block
-from rlm_mhc.params import LMParams
+from rlm_mhc.fn import count, init
+from rlm_mhc.program.memory import count_activations
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.train.device import MEMORY_ADVICE, available_bytes, describe, peak_rate
-from rlm_mhc.tree import size_bytes, tree_leaves, tree_map
+from rlm_mhc.tree import size_bytes
 
 GIB = 1 << 30
 RESERVED_BYTES = GIB // 2
+# Above this share of what is there, what is counted is refused; between it and all, it is only warned of.
+CERTAIN = 0.9
 TYPICAL_UTILISATION = {"cpu": 0.3, "cuda": 0.4}
 
 
@@ -39,7 +37,7 @@ class Plan(NamedTuple):
             ValueError: saying what is needed, what there is, and what to do.
         """
         needed = sum(self.parts.values())
-        if self.available is not None and needed > self.available:
+        if self.available is not None and needed * CERTAIN > self.available:
             raise ValueError(
                 f"this run needs about {needed / GIB:.1f} GiB of memory and the device has "
                 f"{self.available / GIB:.1f} GiB; {MEMORY_ADVICE}"
@@ -49,13 +47,12 @@ class Plan(NamedTuple):
 def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: torch.device, world: int = 1) -> Plan:
     """Count parameters, tokens, operations and memory of a run with sequences of `length` tokens.
 
-    Activations are those that plain autograd keeps, traced without memory on one block and the head of the real
-    shapes; a compiled step keeps fewer.
+    Activations are the most that is alive at once beside gradients of full size; see `count_activations`.
     """
     compute = COMPUTE_DTYPE[training.mixed_precision]
     total = count(config)
     available = available_bytes(device)
-    parts = _memory(config, training, length, compute, available)
+    parts = _memory(config, training, length, device.type, available)
     tokens = training.sequences_per_step * length * world
     flops = flops_per_token(config, length) * tokens
     peak, basis = peak_rate(device, compute)
@@ -77,6 +74,8 @@ def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: t
         f"time         about {_duration(seconds)} if {TYPICAL_UTILISATION[device.type]:.0%} of the peak is reached, "
         "and the progress bar will know better",
     )
+    if available is not None and sum(parts.values()) > available:
+        lines += (f"warning      this may not fit; {MEMORY_ADVICE}",)
     if config.ffn_width % 16:
         lines += (f"warning      model.ffn_dim={config.ffn_width} is no multiple of 16, which wastes tensor cores",)
     return Plan(total, tokens, flops, parts, available, peak, lines)
@@ -91,55 +90,22 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def _memory(
-    config: ModelConfig, training: TrainConfig, length: int, compute: torch.dtype, available: int | None
+    config: ModelConfig, training: TrainConfig, length: int, device: str, available: int | None
 ) -> dict[str, int]:
-    masters = 4 * count(config)
-    # The sum over microbatches, and beside it one microbatch's own or the clipped copy.
-    parts = {"weights": masters, "gradients": 2 * masters, "optimizer": 2 * masters}
+    compute, masters = COMPUTE_DTYPE[training.mixed_precision], 4 * count(config)
+    parts = {"weights": masters, "optimizer": 2 * masters, "gradients": masters}
     if compute != torch.float32:
         parts["weights"] += size_bytes(init(config, device="meta", dtype=compute))
     least = config.num_layers * training.batch_size * length * config.hidden_dim * compute.itemsize
-    # Shapes that are out of the question need no tracing, and may be too large for it.
-    hopeless = available is not None and sum(parts.values()) + least > available
-    parts["activations"] = least if hopeless else _activations(config, training.batch_size, length, compute)
-    return parts | {"runtime": RESERVED_BYTES}
-
-
-def _activations(config: ModelConfig, batch_size: int, length: int, compute: torch.dtype) -> int:
-    """Bytes that autograd keeps for one microbatch, counted on tensors without storage."""
-    with FakeTensorMode():
-        params = tree_map(lambda w: torch.empty_like(w, device="cpu").requires_grad_(), _shapes(config, compute))
-        tokens = torch.zeros(batch_size, length, dtype=torch.int64)
-        hidden = embed(params, tokens, config)
-        cos, sin = positions(tokens, config)
-        weights = {w.untyped_storage()._cdata for w in tree_leaves(params)}
-
-        def layer() -> Tensor:
-            return block(params.layers[0], hidden, cos, sin, config).hidden
-
-        def top() -> Tensor:
-            return token_loss_sum(head(params, hidden, config), Batch(tokens, tokens).targets)
-
-        return config.num_layers * _kept(layer, weights) + 2 * _kept(top, weights)
-
-
-def _shapes(config: ModelConfig, compute: torch.dtype) -> LMParams:
-    return init(config.replace(num_layers=1), device="meta", dtype=compute)
-
-
-def _kept(run: Callable[[], Tensor], weights: set[int]) -> int:
-    storages: dict[object, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            storages[storage._cdata] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = run()
-    del result
-    return sum(storages.values())
+    if available is not None and sum(parts.values()) + least > available / CERTAIN:
+        # Shapes that are out of the question need no tracing, and may be too large for it.
+        return parts | {"activations": least, "runtime": RESERVED_BYTES}
+    remat = training.remat_policy(config)
+    activations = count_activations(config, training.batch_size, length, compute, remat, device)
+    top = 4 * (config.vocab_size * (1 if config.tie_embeddings else 2) + 1) * config.hidden_dim
+    accumulated = training.gradient_accumulation_steps > 1
+    peak = activations.peak(masters, top, config.num_layers, accumulated)
+    return parts | {"activations": peak - masters, "runtime": RESERVED_BYTES}
 
 
 def _gib(size: float) -> str:

@@ -26,7 +26,7 @@ def operations(f, *arguments):
 
 def arguments_of(config, remat):
     params = fn.init(config)
-    functions = make_functions(config, fn.REFERENCE, remat, compiled=False)
+    functions = make_functions(config, fn.REFERENCE, remat)
     cos, sin = fn.rotary_table(torch.arange(16), config.head_width)
     weights = named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}
     hidden = functions.embed(params.embed_tokens.weight, random_batch(config, 2, 16).tokens)

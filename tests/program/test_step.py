@@ -3,7 +3,7 @@ import torch
 
 from rlm_mhc import TrainConfig, fn
 from rlm_mhc.program import init_train_state, make_train_step
-from rlm_mhc.program.gradients import stored_every
+from rlm_mhc.program.microbatch import stored_every
 from rlm_mhc.program.precision import LossScale, next_loss_scale
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
 from rlm_mhc.tree import tree_leaves, tree_map
@@ -156,7 +156,7 @@ def test_a_batch_of_another_size_is_refused():
 def test_every_policy_gives_the_gradient_of_keeping_all(remat):
     config = small_config(num_layers=5)
     batch = random_batch(config, 4, 9, ignored=0.3)
-    assert stored_every(config) == 2  # so that mhc rebuilds the streams of layers 1 and 3
+    assert stored_every(config, "mhc") == 2  # so that mhc rebuilds the streams of layers 1 and 3
     assert_trees_close(gradient(config, training(remat=remat), batch), gradient(config, training(), batch), 1e-6)
 
 

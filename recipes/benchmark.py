@@ -1,0 +1,409 @@
+"""Step time, memory and compile time beside other libraries: `python recipes/benchmark.py [key=value …]`.
+
+Prints a table and writes it as JSON. Run it on an otherwise idle machine: times are medians of interleaved rounds, and
+ratios medians of the ratios within a round.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from rlm_mhc import ModelConfig, TrainConfig, fn
+from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.train import command, pick_device
+from rlm_mhc.train.device import describe, peak_rate, product_rate
+from rlm_mhc.train.plan import flops_per_token
+from rlm_mhc.validation import at_least, check, one_of, section
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEPS_PER_ROUND = {"cpu": 1, "cuda": 5}
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What to measure."""
+
+    model: ModelConfig = section(ModelConfig)
+    length: int = at_least(1, 256)
+    batch_size: int = at_least(1, 4)
+    mixed_precision: str = one_of("auto", "fp32", "bf16", "fp16")
+    rounds: int = at_least(1, 15)
+    first_step: bool = True
+    only_first_step: bool = False
+    device: str = one_of("auto", "cpu", "cuda")
+    seed: int = at_least(0, 42)
+    output_dir: str = "recipes/results"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def precision(self, device: torch.device) -> str:
+        """`mixed_precision`, decided."""
+        return {"cpu": "fp32", "cuda": "bf16"}[device.type] if self.mixed_precision == "auto" else self.mixed_precision
+
+
+@dataclasses.dataclass
+class Subject:
+    """`start()` makes a state and returns a step; times in seconds, memory in bytes beyond weights and optimizer."""
+
+    name: str
+    start: Callable[[], Callable[[], Tensor]]
+    flops: float
+    first: float = 0.0
+    times: list[float] = dataclasses.field(default_factory=list)
+    peak: int = 0
+
+
+def program(run: BenchmarkConfig, batch: fn.Batch, mhc: bool, remat: str) -> Callable[[], Callable[[], Tensor]]:
+    """Our train step."""
+    device = batch.tokens.device
+    config = run.model.replace(mhc_enabled=mhc)
+    training = TrainConfig(
+        batch_size=run.batch_size,
+        gradient_accumulation_steps=1,
+        mixed_precision=run.precision(device),
+        remat=remat,
+    )
+    step = make_train_step(config, training, donate=True)
+
+    def start() -> Callable[[], Tensor]:
+        box = [init_train_state(config, training, seed=run.seed, device=device)]
+
+        def once() -> Tensor:
+            box[0], metrics = step(box[0], batch)
+            return metrics["loss"]
+
+        return once
+
+    return start
+
+
+def module(run: BenchmarkConfig, batch: fn.Batch, make: Callable[[], nn.Module]) -> Callable[[], Callable[[], Tensor]]:
+    """A module whose call gives the loss, under plain autograd, autocast and torch's fused AdamW."""
+    device, dtype = batch.tokens.device, DTYPE[run.precision(batch.tokens.device)]
+
+    def start() -> Callable[[], Tensor]:
+        torch.manual_seed(run.seed)
+        model = make().to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+        def once() -> Tensor:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(batch.tokens, batch.targets)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        return once
+
+    return start
+
+
+class Loss(nn.Module):
+    """A model that gives logits, with the loss in one piece, so that a compiler sees both."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Tokens and targets `[b, s]` to a scalar."""
+        logits = self.model(tokens)
+        logits = logits if isinstance(logits, Tensor) else logits.logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def llama(config: ModelConfig) -> Any:
+    """transformers' Llama of the same shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            use_cache=False,
+            hidden_size=config.hidden_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_width,
+            intermediate_size=config.ffn_width,
+            vocab_size=config.vocab_size,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            max_position_embeddings=config.max_seq_len,
+            tie_word_embeddings=config.tie_embeddings,
+        )
+    )
+
+
+class EagerPeer(nn.Module):
+    """transformers' Llama layers inside the hyper-connections of the `hyper-connections` package."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        from hyper_connections import mc_get_init_and_expand_reduce_stream_functions as connections
+
+        super().__init__()
+        model = llama(config)
+        connect, self.expand, self.reduce = connections(config.mhc_flows, sinkhorn_iters=config.mhc_sinkhorn_iters)
+        self.embed, self.rotary, self.norm, self.head = (
+            model.model.embed_tokens,
+            model.model.rotary_emb,
+            model.model.norm,
+            model.lm_head,
+        )
+        self.sites = nn.ModuleList(
+            connect(dim=config.hidden_dim, branch=branch)
+            for layer in model.model.layers
+            for branch in (Attention(layer), nn.Sequential(layer.post_attention_layernorm, layer.mlp))
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`[b, s] -> [b, s, v]`."""
+        hidden = self.embed(tokens)
+        rotary = self.rotary(hidden, torch.arange(tokens.shape[1], device=tokens.device)[None])
+        streams = self.expand(hidden)
+        for number, site in enumerate(self.sites):
+            streams = site(streams, rotary) if number % 2 == 0 else site(streams)
+        return self.head(self.norm(self.reduce(streams)))
+
+
+class Attention(nn.Module):
+    """The attention half of a transformers Llama layer."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.norm, self.attention = layer.input_layernorm, layer.self_attn
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """`[b, s, c] -> [b, s, c]`."""
+        return self.attention(self.norm(x), position_embeddings=rotary, attention_mask=None)[0]
+
+
+def subjects(run: BenchmarkConfig, batch: fn.Batch) -> list[Subject]:
+    """Everything that is measured side by side."""
+    with_mhc, without = (
+        flops_per_token(run.model.replace(mhc_enabled=mhc), run.length) * batch.tokens.numel() for mhc in (True, False)
+    )
+    plain = run.model.replace(mhc_enabled=False)
+    found = [
+        *(
+            Subject(f"mHC, remat={remat}", program(run, batch, True, remat), with_mhc)
+            for remat in ("none", "mhc", "full")
+        ),
+        Subject("no mHC", program(run, batch, False, "none"), without),
+        Subject("transformers Llama, compiled", module(run, batch, lambda: torch.compile(Loss(llama(plain)))), without),
+    ]
+    if importlib.util.find_spec("hyper_connections"):
+        found.append(
+            Subject("hyper-connections, eager", module(run, batch, lambda: Loss(EagerPeer(run.model))), with_mhc)
+        )
+    return found
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was asked of a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(step: Callable[[], Tensor], device: torch.device, count: int = 1) -> float:
+    """Seconds per step."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def measure(found: list[Subject], device: torch.device, rounds: int) -> None:
+    """First steps and memory one by one, then the rounds; on CUDA a subject's state lives only while it runs."""
+    steps: dict[str, Callable[[], Tensor]] = {}
+    for subject in found:
+        step = subject.start()
+        subject.first = timed(step, device)
+        timed(step, device)
+        subject.peak = peak_bytes(step, device)
+        if device.type == "cpu":
+            steps[subject.name] = step
+        print(f"{subject.name}: first step {subject.first:.1f} s", file=sys.stderr, flush=True)
+        del step
+    for _ in range(rounds):
+        for subject in found:
+            step = steps.get(subject.name) or subject.start()
+            timed(step, device)
+            subject.times.append(timed(step, device, STEPS_PER_ROUND[device.type]))
+            del step
+
+
+def peak_bytes(step: Callable[[], Tensor], device: torch.device) -> int:
+    """The most that a step has allocated at once, beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes, the best of several."""
+    source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def first_step_seconds(run: BenchmarkConfig, layers: int) -> float:
+    """The first step of a model of so many layers, in a process of its own with an empty compile cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        arguments = [a for a in sys.argv[1:] if not a.startswith(("model.num_layers", "first_step", "only_first_step"))]
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments, f"model.num_layers={layers}", "only_first_step=true"],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise ValueError(f"the first step at {layers} layers failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def ratio(a: Subject, b: Subject) -> float:
+    """The median of `a / b` within a round."""
+    return statistics.median(x / y for x, y in zip(a.times, b.times, strict=True))
+
+
+def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> dict[str, Any]:
+    """Everything measured, as JSON values."""
+    dtype = DTYPE[run.precision(device)]
+    peak, basis = peak_rate(device, dtype)
+    bandwidth = copy_bandwidth(device)
+    tokens = run.batch_size * run.length
+    named = {subject.name: subject for subject in found}
+    ours, plain, theirs = (named[name] for name in ("mHC, remat=none", "no mHC", "transformers Llama, compiled"))
+    ratios = {"mHC / no mHC": ratio(ours, plain), "no mHC / transformers Llama": ratio(plain, theirs)}
+    if peer := named.get("hyper-connections, eager"):
+        ratios["hyper-connections / mHC"] = ratio(peer, ours)
+    n, c = run.model.mhc_flows, run.model.hidden_dim
+    moved = 2 * run.model.num_layers * ((2 * n + 2) + (3 * n + 3) - 8) * c * dtype.itemsize * tokens
+    rows = [
+        {
+            "name": s.name,
+            "first_step_s": s.first,
+            "step_ms": 1e3 * statistics.median(s.times),
+            "step_ms_min": 1e3 * min(s.times),
+            "tokens_per_s": tokens / statistics.median(s.times),
+            "tflops": s.flops / statistics.median(s.times) / 1e12,
+            "mfu": s.flops / statistics.median(s.times) / peak,
+            "peak_mib": s.peak / MIB,
+        }
+        for s in found
+    ]
+    packages = ["torch", "transformers", "hyper_connections", "triton"]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "device": describe(device),
+        "processor": processor(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages if version(p)}},
+        "precision": run.precision(device),
+        "tokens_per_step": tokens,
+        "model": dataclasses.asdict(run.model),
+        "rows": rows,
+        "ratios": ratios,
+        "peak_basis": basis,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "product_tflops": product_rate(device, dtype) / 1e12,
+        "mhc_extra_ms": 1e3 * (statistics.median(ours.times) - statistics.median(plain.times)),
+        "mhc_floor_ms": 1e3 * moved / bandwidth,
+        "first_step_s": {str(n): first_step_seconds(run, n) for n in (4, 24)} if run.first_step else {},
+    }
+
+
+def version(package: str) -> str | None:
+    """A package's version, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The CPU by name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [f"{result['device']}, {result['processor']}, {result['precision']}, {result['date']}"]
+    lines.append(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
+    lines.append(
+        f"{'':<30}{'first s':>9}{'ms/step':>9}{'best':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'peak MiB':>10}"
+    )
+    for r in result["rows"]:
+        lines.append(
+            f"{r['name']:<30}{r['first_step_s']:>9.1f}{r['step_ms']:>9.1f}{r['step_ms_min']:>8.1f}"
+            f"{r['tokens_per_s']:>11,.0f}{r['tflops']:>9.3f}{r['mfu']:>7.1%}{r['peak_mib']:>10,.0f}"
+        )
+    lines += [f"{name}: {value:.3f}" for name, value in result["ratios"].items()]
+    lines.append(f"peak rate {result['peak_basis']}; matrix product {result['product_tflops']:.3f} TFLOP/s")
+    lines.append(
+        f"copy {result['copy_gb_per_s']:.1f} GB/s; mHC costs {result['mhc_extra_ms']:.1f} ms, and the bytes that it "
+        f"must move {result['mhc_floor_ms']:.1f} ms"
+    )
+    lines += [f"first step at {n} layers, empty cache: {s:.1f} s" for n, s in result["first_step_s"].items()]
+    return "\n".join(lines)
+
+
+def main(run: BenchmarkConfig) -> None:
+    """Measure, print, write."""
+    device = pick_device(run.device)
+    generator = torch.Generator().manual_seed(run.seed)
+    window = torch.randint(run.model.vocab_size, (run.batch_size, run.length + 1), generator=generator).to(device)
+    batch = fn.Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+    if run.only_first_step:
+        print(timed(program(run, batch, run.model.mhc_enabled, "none")(), device))
+        return
+    found = subjects(run, batch)
+    measure(found, device, run.rounds)
+    result = report(run, found, device)
+    print(table(result))
+    folder = Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"benchmark_{device.type}_{run.model.hidden_dim}x{run.model.num_layers}_{run.precision(device)}.json"
+    (folder / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {folder / name}")
+
+
+if __name__ == "__main__":
+    command(BenchmarkConfig, __file__, main)

@@ -1,0 +1,73 @@
+"""Bytes that a step keeps and works with, counted on the program itself with tensors that have no storage."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.kernels import REFERENCE
+from rlm_mhc.fn.rope import rotary_table
+from rlm_mhc.params import init
+from rlm_mhc.program.functions import make_functions
+from rlm_mhc.program.head import chunk_tokens
+from rlm_mhc.program.microbatch import stored_every
+from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
+
+
+class Activations(NamedTuple):
+    """Bytes: `kept` between forward and backward of one microbatch; beside it, what the `head` works with, and what
+    the backward of one `layer` does."""
+
+    kept: int
+    head: int
+    layer: int
+
+    def peak(self, gradients: int, top: int, layers: int, accumulated: bool) -> int:
+        """The most that is alive at once, gradients included.
+
+        That is at the head, or in the first or the last layer of the backward. `gradients` bytes of them there are in
+        the end, `top` of them not of layers; with `accumulated` all from the start.
+        """
+        first = gradients if accumulated else top
+        one = (gradients - top) // layers
+        return max(first + self.kept + max(self.head, self.layer + one), gradients + self.layer)
+
+
+def count_activations(
+    config: ModelConfig, batch_size: int, length: int, compute: torch.dtype, remat: str, device: str
+) -> Activations:
+    """What one microbatch of a step needs beyond weights, gradients and optimizer.
+
+    `kept` is exact. The head works with a chunk's logits and their cotangent, a layer's backward with its own
+    cotangents, the fp32 copies that its mappings are computed from, and whatever `remat` builds again.
+    """
+    with FakeTensorMode():
+        params = tree_map(
+            lambda w: torch.empty_like(w, device="cpu"),
+            init(config.replace(num_layers=1), device="meta", dtype=compute),
+        )
+        run = make_functions(config, REFERENCE, "mhc" if remat == "mhc" else "none")
+        cos, sin = rotary_table(torch.zeros(length, dtype=torch.int64), config.head_width)
+        tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+        hidden = run.embed(params.embed_tokens.weight, tokens)
+        _, residuals, _ = run.forward(named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}, hidden)
+        state, layer = _bytes(hidden), _bytes(residuals)
+    layers, wide = config.num_layers, 4 * hidden.numel()
+    period = stored_every(config, remat)
+    kept = math.ceil(layers / period) * state + (0 if remat == "full" else layers * layer)
+    rebuilt = layer if remat == "full" else (period - 1) * state
+    logits = chunk_tokens(tokens.numel(), config.vocab_size, device) * config.vocab_size
+    backward = 2 * state + (2 * wide if config.mhc_enabled else 0) + rebuilt
+    matrix = compute.itemsize * config.vocab_size * config.hidden_dim
+    return Activations(kept, state + 4 * logits + matrix, max(backward, state + matrix))
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a tree's tensors, each storage once."""
+    storages = {
+        x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tree_leaves(tree) if isinstance(x, Tensor)
+    }
+    return sum(storages.values())

@@ -1,0 +1,71 @@
+"""One microbatch: embed, blocks, head, and back, each tensor freed when nothing reads it any more."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.loss import Batch
+from rlm_mhc.params import LMParams
+from rlm_mhc.program.functions import Functions
+from rlm_mhc.program.head import run_head
+from rlm_mhc.program.stage import Weights
+
+
+def stored_every(config: ModelConfig, remat: str) -> int:
+    """The streams are stored before every so many layers: `sqrt(n · layers / (n + 2))` with `remat="mhc"`, else 1.
+
+    Source: arXiv 2512.24880, section 4.3.2.
+    """
+    n = config.mhc_flows
+    return max(1, round(math.sqrt(n * config.num_layers / (n + 2)))) if remat == "mhc" else 1
+
+
+def run_microbatch(
+    run: Functions,
+    params: LMParams,
+    layers: Sequence[Weights],
+    batch: Batch,
+    scale: Tensor,
+    into: LMParams,
+    add: Callable[[int, Any], object],
+    period: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """`scale ·` the sum of token losses, and `res` of all sites at sampled tokens.
+
+    Args:
+        run: the model's functions.
+        params: the model's.
+        layers: each layer's weights by name.
+        batch: tokens and targets `[b, s]`.
+        scale: 0-d.
+        into: the gradients of what is not a layer are added to it.
+        add: called as `add(index, gradients)` when those of a layer are complete, from the last layer to the first.
+        period: of `stored_every`.
+    """
+    states: dict[int, Tensor] = {}
+    kept: dict[int, Any] = {}
+    sampled: list[Tensor] = []
+    hidden = run.embed(params.embed_tokens.weight, batch.tokens)
+    for index, weights in enumerate(layers):
+        if index % period == 0:
+            states[index] = hidden
+        hidden, kept[index], res = run.forward(weights, hidden)
+        sampled += res
+    loss, cotangent = run_head(run.head, params, into, hidden, batch.targets, scale)
+    del hidden
+    for index in reversed(range(len(layers))):
+        if index not in states:
+            for i in range(index // period * period, index):
+                states[i + 1] = run.replay(states[i], kept[i])
+        grads, cotangent = run.backward(layers[index], states.pop(index), kept.pop(index), cotangent)
+        add(index, grads)
+        del grads
+    rows = cotangent.flatten(2, -2).sum(-2) if cotangent.dim() > 3 else cotangent
+    vocab_size = len(into.embed_tokens.weight)
+    # PyTorch's own kernel sums in a fixed order; compiled, it would become additions in the order of the threads.
+    into.embed_tokens.weight.add_(torch.ops.aten.embedding_dense_backward(rows, batch.tokens, vocab_size, -1, False))
+    return loss, sampled

@@ -1,0 +1,56 @@
+"""What is planned, against what autograd-free steps of the program really keep and allocate."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rlm_mhc import TrainConfig, fn
+from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.program.functions import make_functions
+from rlm_mhc.program.memory import count_activations
+from rlm_mhc.testing import random_batch, small_config
+from rlm_mhc.tree import named_leaves, tree_leaves
+
+SHAPE = dict(hidden_dim=128, num_layers=6, num_heads=4, num_kv_heads=4, ffn_dim=384, vocab_size=1024)
+
+
+@pytest.mark.parametrize("mhc", [True, False])
+def test_what_is_kept_is_counted_exactly(mhc):
+    config = small_config(**SHAPE, mhc_enabled=mhc)
+    run = make_functions(config, fn.REFERENCE, "none")
+    params, tokens = fn.init(config), random_batch(config, 4, 64).tokens
+    cos, sin = fn.rotary_table(torch.arange(64), config.head_width)
+    hidden = run.embed(params.embed_tokens.weight, tokens)
+    alive = []
+    for layer in params.layers:
+        alive.append(hidden)
+        hidden, kept, _ = run.forward(named_leaves(layer) | {"cos": cos, "sin": sin}, hidden)
+        alive += tree_leaves(kept)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
+    assert count_activations(config, 4, 64, torch.float32, "none", "cpu").kept == sum(storages.values())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("remat", ["none", "mhc", "full"])
+def test_the_peak_of_a_compiled_step_is_near_the_plan(remat):
+    config = small_config(**SHAPE, max_seq_len=256)
+    training = TrainConfig(
+        batch_size=4, gradient_accumulation_steps=1, mixed_precision="fp32", remat=remat, optimizer={"lr": 1e-3}
+    )
+    state, batch = init_train_state(config, training, device="cpu"), random_batch(config, 4, 256)
+    step = make_train_step(config, training, donate=True)
+    for _ in range(2):
+        state, _ = step(state, batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step(state, batch)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    top = 4 * (config.vocab_size + 1) * config.hidden_dim
+    planned = count_activations(config, 4, 256, torch.float32, remat, "cpu").peak(
+        4 * fn.count(config), top, config.num_layers, accumulated=False
+    )
+    assert 0.85 <= planned / peak <= 1.15
