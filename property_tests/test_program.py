@@ -1,7 +1,8 @@
 """The program of stages computes the gradient of `fn.loss`, however the work is cut."""
 
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rlm_mhc import fn
@@ -23,7 +24,7 @@ def floor(grads):
     return 1e-2 * max(g.abs().max().item() for g in named_leaves(grads).values())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     config=configs(),
     remat=st.sampled_from(["none", "mhc", "full"]),
@@ -51,3 +52,27 @@ def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumul
     torch.testing.assert_close(loss.double(), value, rtol=TOLERANCE[dtype], atol=0)
     for result in results:
         assert_trees_close(result.grads, expected, TOLERANCE[dtype], floor(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(
+    config=configs(mhc_sinkhorn_iters=3),
+    remat=st.sampled_from(["none", "mhc", "full"]),
+    accumulation=st.integers(1, 2),
+    flat=st.booleans(),
+)
+def test_compiled_program_gradients_equal_those_of_the_loss(config, remat, accumulation, flat):
+    remat = "none" if remat == "mhc" and not config.mhc_enabled else remat
+    exact = disturbed(config, torch.float64)
+    params = tree_map(lambda w: w.float(), exact)
+    batch = random_batch(config, 2 * accumulation, 7, ignored=0.3)
+    expected, value = torch.func.grad_and_value(fn.loss)(exact, batch, config)
+    scale = 1 / fn.count_targets(batch.targets).clamp(min=1)
+    reduce = (lambda vector: vector) if flat else None
+    gradients = make_gradients(config, fn.REFERENCE, remat=remat, reduce=reduce, compiled=True)
+    microbatches = [fn.Batch(*part) for part in zip(*(x.split(2) for x in batch), strict=True)]
+    result = gradients(params, microbatches, scale)
+    torch.testing.assert_close(result.loss.double(), value, rtol=1e-5, atol=0)
+    assert_trees_close(result.grads, expected, 1e-4, floor(expected))

@@ -58,3 +58,31 @@ def test_a_differentiable_kernel_runs_its_own_halves():
     assert out is v
     stage.backward({}, (q, k, v), kept, g)
     assert calls == ["forward", "saved"]
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize(("h", "kv", "s", "d"), [(4, 4, 128, 64), (4, 2, 33, 128), (6, 1, 7, 6), (2, 2, 65, 264)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 5e-3), (torch.float32, 1e-4)])
+def test_gpu_kernels_equal_the_formula_in_float64(h, kv, s, d, dtype, tolerance):
+    q, k, v, cotangent = (x.cuda().to(dtype) for x in heads(h, kv, s, d, torch.float32))
+    expected, grads = reference(*(x.cpu().double() for x in (q, k, v, cotangent)))
+    out, saved = SDPA.forward(q, k, v)
+    actual = (out, *SDPA.backward((q, k, v), saved, cotangent))
+    assert_trees_close([x.cpu() for x in actual], [expected, *grads], tolerance)
+
+
+@pytest.mark.gpu
+@GPU
+def test_gpu_flash_attn_package_equals_the_formula():
+    pytest.importorskip("flash_attn", reason="the flash-attn package is not installed")
+    from rlm_mhc.kernels.flash_attention import flash_attention
+
+    q, k, v, cotangent = (x.cuda().bfloat16() for x in heads(4, 2, 65, 64, torch.float32))
+    expected, grads = reference(*(x.cpu().double() for x in (q, k, v, cotangent)))
+    out, saved = flash_attention.forward(q, k, v)
+    actual = (out, *flash_attention.backward((q, k, v), saved, cotangent))
+    assert_trees_close([x.cpu() for x in actual], [expected, *grads], 3e-2)

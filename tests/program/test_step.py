@@ -259,3 +259,37 @@ def test_gpu_step_equals_the_cpu():
     state = init_train_state(config, training(), device="cuda")
     _, metrics = make_train_step(config, training())(state, fn.Batch(*(x.cuda() for x in batch)))
     assert_trees_close({k: v.cpu() for k, v in metrics.items()}, expected, 1e-4)
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+LARGER = dict(hidden_dim=128, num_layers=3, num_heads=4, num_kv_heads=2, ffn_dim=256, vocab_size=500, max_seq_len=128)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("remat", ["none", "mhc", "full"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.05)])
+def test_gpu_compiled_gradients_equal_the_reference_in_float64(precision, tolerance, remat):
+    config = small_config(**LARGER)
+    batch = random_batch(config, 4, 128, ignored=0.3)
+    exact = torch.func.grad(fn.loss)(fn.init(config, dtype=torch.float64), batch, config)
+    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(layer)]) for layer in reversed(exact.layers)]
+    train_config = training(compile=True, mixed_precision=precision, remat=remat)
+    state, seen = init_train_state(config, train_config, device="cuda"), []
+    step = make_train_step(config, train_config, reduce=lambda g: seen.append(g.clone()) or g)
+    _, metrics = step(state, fn.Batch(*(x.cuda() for x in batch)))
+    scale = metrics.get("loss_scale", torch.tensor(1.0)).item()
+    actual = [vector.cpu() / scale for vector in seen[1 : 1 + len(expected)]]
+    assert_trees_close(actual, expected, tolerance)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.usefixtures("no_shape_checks")
+def test_gpu_steps_are_the_same_bit_for_bit():
+    config, train_config = small_config(**LARGER), training(compile=True, mixed_precision="bf16")
+    batch = fn.Batch(*(x.cuda() for x in random_batch(config, 4, 128)))
+    step = make_train_step(config, train_config)
+    runs = [step(init_train_state(config, train_config, device="cuda"), batch)[0] for _ in range(2)]
+    assert_trees_close(runs[0].params, runs[1].params, 0.0)

@@ -20,11 +20,14 @@ _library.define("sinkhorn_backward(Tensor logits, Tensor cotangent, int num_iter
 
 def sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
     """`fn.sinkhorn_knopp(logits)` for logits `[*b, n, n]` in fp32 or fp64."""
-    return torch.ops.rlm_mhc.sinkhorn(logits, num_iters)
+    # On a GPU the plain operations are traced and fused by the compiler; on a CPU that takes it most of a minute.
+    return torch.ops.rlm_mhc.sinkhorn(logits, num_iters) if logits.is_cpu else plain(logits, num_iters)
 
 
 def sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
     """The cotangent of the logits, from that of the matrices; nothing but the logits is kept for it."""
+    if not logits.is_cpu:
+        return plain_backward(logits, cotangent, num_iters)
     return torch.ops.rlm_mhc.sinkhorn_backward(logits, cotangent, num_iters)
 
 

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_it_measures_everything_side_by_side(recipe, tmp_path):
+    result = recipe(
+        "benchmark",
+        "model.hidden_dim=32",
+        "model.num_layers=2",
+        "model.vocab_size=64",
+        "model.mhc_sinkhorn_iters=2",
+        "length=16",
+        "batch_size=2",
+        "rounds=2",
+        "first_step=false",
+        "device=cpu",
+        f"output_dir={tmp_path}",
+    )
+    assert result.code == 0, result.err
+    (file,) = tmp_path.iterdir()
+    measured = json.loads(file.read_text())
+    names = [row["name"] for row in measured["rows"]]
+    assert names[:5] == [
+        "mHC, remat=none",
+        "mHC, remat=mhc",
+        "mHC, remat=full",
+        "no mHC",
+        "transformers Llama, compiled",
+    ]
+    assert all(row["step_ms"] > 0 and row["peak_mib"] > 0 and row["first_step_s"] > 0 for row in measured["rows"])
+    assert set(measured["ratios"]) >= {"mHC / no mHC", "no mHC / transformers Llama"}
+    assert {"torch", "transformers"} <= measured["versions"].keys()
+    assert all(name in result.out for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_the_first_step_alone_prints_seconds(recipe):
+    small = ["model.hidden_dim=32", "model.num_layers=1", "model.vocab_size=64", "length=16", "device=cpu"]
+    result = recipe("benchmark", *small, "only_first_step=true", "model.mhc_enabled=false")
+    assert result.code == 0, result.err
+    assert float(result.out.strip().splitlines()[-1]) > 0
+
+
+def test_nonsense_is_one_line(recipe):
+    assert "rounds=0" in recipe("benchmark", "rounds=0").last_error
