@@ -26,10 +26,13 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
-from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.program import make_train_step
+from rlm_mhc.program.precision import init_loss_scale
+from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import describe, peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token
+from rlm_mhc.tree import tree_map
 from rlm_mhc.validation import at_least, check, one_of, section
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +89,12 @@ def program(run: BenchmarkConfig, batch: fn.Batch, mhc: bool, remat: str) -> Cal
     step = make_train_step(config, training, donate=True)
 
     def start() -> Callable[[], Tensor]:
-        box = [init_train_state(config, training, seed=run.seed, device=device)]
+        torch.manual_seed(run.seed)
+        # Drawn on the device: only the time of a step counts, and a billion weights take long to draw on a CPU.
+        shapes = fn.init(config, device="meta")
+        params = tree_map(lambda w: torch.empty_like(w, device=device).normal_(std=0.02), shapes)
+        loss_scale = init_loss_scale(training.mixed_precision, device)
+        box = [resume_train_state(params, fn.adamw_init(params), 0, loss_scale)]
 
         def once() -> Tensor:
             box[0], metrics = step(box[0], batch)
@@ -103,7 +111,8 @@ def module(run: BenchmarkConfig, batch: fn.Batch, make: Callable[[], nn.Module])
 
     def start() -> Callable[[], Tensor]:
         torch.manual_seed(run.seed)
-        model = make().to(device)
+        with device:
+            model = make()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
         def once() -> Tensor:
