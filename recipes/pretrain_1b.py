@@ -18,11 +18,11 @@ from rlm_mhc.parallel import (
     all_reduce,
     checksum,
     code_version,
-    end_ranks,
+    find_ranks,
     first_before_others,
     from_first,
+    process_group,
     require_agreement,
-    start_ranks,
     watch_ranks,
 )
 from rlm_mhc.program import make_train_step
@@ -38,17 +38,17 @@ from rlm_mhc.train.text import sample_text
 def main(run: RunConfig) -> None:
     """One run, alone or as one of the processes that torchrun started."""
     device = pick_device(run.device)
-    ranks = start_ranks(device)
-    with watch_ranks(ranks), contextlib.redirect_stdout(sys.stdout if ranks.is_first else io.StringIO()):
+    ranks = find_ranks()
+    quiet = contextlib.redirect_stdout(sys.stdout if ranks.is_first else io.StringIO())
+    with watch_ranks(ranks), process_group(ranks, device), quiet:
         pretrain(run, device, ranks)
-    end_ranks(ranks)
 
 
 def pretrain(run: RunConfig, device: torch.device, ranks: Ranks) -> None:
     """From the first line of the plan to the last checkpoint."""
     check_compiler(device, run.training.compile)
     require_wandb(run.training.wandb)
-    kernels = pick_kernels(run.training, device)
+    kernels = pick_kernels(run.model, run.training, device)
     source, eval_source = run.data.sources()
 
     plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world)

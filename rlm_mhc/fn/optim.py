@@ -73,6 +73,8 @@ def adamw(
     """
     if not donate:
         params, state = tree_map(torch.clone, params), tree_map(torch.clone, state)
+        if grad_scale is not None:  # torch divides in place
+            grads = tree_map(torch.clone, grads)
     columns = map(tree_leaves, (params, grads, state.exp_avg, state.exp_avg_sq, decay))
     rows = list(zip(*columns, strict=True))
     for decayed, rate in ((True, weight_decay), (False, 0.0)):

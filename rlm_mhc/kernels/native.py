@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
@@ -15,10 +16,10 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 @functools.cache
 def load_native(source: Path) -> ctypes.CDLL | None:
-    """The library built from a source file, or None where there is no C++ compiler or it fails.
+    """The library built from a source file, or None where there is no C++ compiler; where building fails, a warning.
 
-    It is kept in torch's compile cache (`TORCHINDUCTOR_CACHE_DIR`, else the user's folder for temporary files),
-    under the digest of everything that decides what it is.
+    It is kept in `TORCHINDUCTOR_CACHE_DIR`, else in the user's cache folder, under the digest of everything that
+    decides what it is. A file or folder that others may write to is not used.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or os.name != "posix":
@@ -27,15 +28,20 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     digest = hashlib.sha256(b"\0".join([text, *map(str.encode, (compiler, *FLAGS, _processor()))])).hexdigest()[:16]
     library = _cache() / f"{source.stem}-{digest}.so"
     try:
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not library.is_file():
             _build(compiler, source, library)
+        for path in (library.parent, library):
+            if path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022:
+                raise OSError(f"{path}: others may write to it")
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace").strip()
+        warnings.warn(f"{source.name} was not built, a slower path serves: {said[-300:]}", stacklevel=2)
         return None
 
 
 def _build(compiler: str, source: Path, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         command = [*compiler.split(), *FLAGS, str(source), "-o", str(built)]
@@ -44,9 +50,9 @@ def _build(compiler: str, source: Path, library: Path) -> None:
 
 
 def _cache() -> Path:
-    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    user = os.environ.get("USER") or str(os.getuid())
-    return Path(named or Path(tempfile.gettempdir()) / f"rlm_mhc_{user}") / "native"
+    if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(named) / "native"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlm_mhc"
 
 
 def _processor() -> str:

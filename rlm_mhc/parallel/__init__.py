@@ -4,10 +4,10 @@ from rlm_mhc.parallel.agreement import checksum, code_version, require_agreement
 from rlm_mhc.parallel.ranks import (
     Ranks,
     all_reduce,
-    end_ranks,
+    find_ranks,
     first_before_others,
     from_first,
-    start_ranks,
+    process_group,
     sum_over_ranks,
 )
 from rlm_mhc.parallel.watch import watch_ranks
@@ -17,11 +17,11 @@ __all__ = [
     "all_reduce",
     "checksum",
     "code_version",
-    "end_ranks",
+    "find_ranks",
     "first_before_others",
     "from_first",
+    "process_group",
     "require_agreement",
-    "start_ranks",
     "sum_over_ranks",
     "watch_ranks",
 ]

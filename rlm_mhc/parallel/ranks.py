@@ -11,15 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+RENDEZVOUS_TIMEOUT = timedelta(minutes=2)
 # Long enough for one rank to tokenize, evaluate or save while others wait; a dead rank is noticed by the watch.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 class Ranks(NamedTuple):
-    """This process is number `rank` of `world`; alone it is 0 of 1."""
+    """This process is number `rank` of `world`, and number `local` on its machine; alone it is 0 of 1.
+
+    `store` is where the ranks leave one another messages.
+    """
 
     rank: int = 0
     world: int = 1
+    local: int = 0
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -27,11 +33,12 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
 
-def start_ranks(device: torch.device) -> Ranks:
-    """Join the processes that torchrun started, over nccl on CUDA and gloo on the CPU; alone, do nothing.
+def find_ranks() -> Ranks:
+    """Who torchrun says this process is, met at its rendezvous; alone, nothing is started.
 
     Raises:
-        ValueError: where the environment names several processes but not which of them this is.
+        ValueError: where the environment names several processes but not which of them this is, or where they do not
+            all come within two minutes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -39,14 +46,25 @@ def start_ranks(device: torch.device) -> Ranks:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE={world} but no {', '.join(missing)}: start several processes with torchrun")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(dist.get_rank(), world)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+    except RuntimeError as error:
+        raise ValueError(f"the {world} ranks did not meet within {RENDEZVOUS_TIMEOUT}: {error}") from None
+    return Ranks(rank, world, int(os.environ["LOCAL_RANK"]), store)
 
 
-def end_ranks(ranks: Ranks) -> None:
-    """Leave the group."""
-    if ranks.world > 1:
-        dist.destroy_process_group()
+@contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """The group that collectives run in: nccl on CUDA, gloo on the CPU; for one rank none."""
+    if ranks.world == 1:
+        yield
+        return
+    assert ranks.store is not None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.PrefixStore("rlm_mhc/group", ranks.store)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=COLLECTIVE_TIMEOUT)
+    yield
+    dist.destroy_process_group()
 
 
 class Pending(NamedTuple):
@@ -88,9 +106,11 @@ def from_first(ranks: Ranks, compute: Callable[[], T]) -> T:
 
 @contextmanager
 def first_before_others(ranks: Ranks) -> Iterator[None]:
-    """The body runs on the first rank alone, then on the others: they find what it left on disk."""
-    if ranks.world > 1 and not ranks.is_first:
+    """The body runs on the first rank alone, then on the first of each machine, then on the others: they find what
+    was left on disk, whether the machines share one or not."""
+    turn = 0 if ranks.is_first else 1 if ranks.local == 0 else 2
+    for _ in range(turn if ranks.world > 1 else 0):
         dist.barrier()
     yield
-    if ranks.world > 1 and ranks.is_first:
+    for _ in range(2 - turn if ranks.world > 1 else 0):
         dist.barrier()

@@ -1,7 +1,8 @@
 """Causal attention as a stage whose backward reads the saved output and log-sum-exp: nothing is computed twice.
 
 PyTorch's own fused kernels, called by their two halves: the flash kernel on the CPU, on CUDA flash for fp16 and bf16
-and memory-efficient attention for fp32. Anything else is computed by the plain formula.
+and memory-efficient attention for fp32. Anything else is computed by the plain formula. On CUDA the backwards of the
+fused kernels sum in the order of arrival unless `torch.use_deterministic_algorithms` is on, flash-attn's do not.
 """
 
 import math
@@ -17,6 +18,8 @@ from rlm_mhc.program.stage import Stage, Weights, stage
 aten = torch.ops.aten
 Heads = tuple[Tensor, Tensor, Tensor]
 FLASH_HEAD_DIM = 256
+# Their flash backward has no room for wider heads.
+SMALL_GPUS, SMALL_GPU_HEAD_DIM = ((8, 6), (8, 9), (12, 0)), 192
 
 
 def attention_stage(kernel: Any) -> Stage:
@@ -43,9 +46,11 @@ def _choose(q: Tensor) -> str:
     if q.device.type == "cpu":
         return "cpu"
     if q.device.type == "cuda" and q.shape[-1] <= FLASH_HEAD_DIM and q.shape[-1] % 8 == 0:
-        if q.dtype in (torch.float16, torch.bfloat16):
+        capability = torch.cuda.get_device_capability(q.device)
+        whole = q.shape[-1] <= SMALL_GPU_HEAD_DIM or capability not in SMALL_GPUS
+        if q.dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0) and whole:
             return "flash"
-        if q.dtype == torch.float32:
+        if q.dtype in (torch.float16, torch.float32):
             return "efficient"
     return "plain"
 
@@ -114,7 +119,8 @@ def _plain_backward(qkv: Heads, saved: tuple[Tensor, Tensor], cotangent: Tensor)
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     s = q.shape[-2]
-    scores = (q @ _repeat(k, q).mT).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
+    root = q.shape[-1] ** -0.25  # of the scale, on each side: the product alone may leave the range of fp16
+    scores = ((q * root) @ (_repeat(k, q) * root).mT).to(torch.promote_types(q.dtype, torch.float32))
     return scores.masked_fill(torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1), -math.inf)
 
 

@@ -1,6 +1,7 @@
 """The few functions that a step consists of, each compiled once and shared by all layers."""
 
 import itertools
+import math
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ def make_functions(
     functions = Functions(embed, forward, head_chunk, backward, replay)
     if not compiled:
         return functions
-    used = [field for field in NAMES if field != "replay" or remat == "mhc"]
+    replays = remat == "mhc" and stored_every(config, remat) > 1
+    used = [field for field in NAMES if field != "replay" or replays]
     numbers = itertools.count(1)
 
     def say(name: str) -> None:
@@ -117,6 +119,15 @@ def make_functions(
             announce(next(numbers), len(used), name)
 
     return functions._replace(**{field: _compile(getattr(functions, field), NAMES[field], say) for field in used})
+
+
+def stored_every(config: ModelConfig, remat: str) -> int:
+    """The streams are stored before every so many layers: `sqrt(n · layers / (n + 2))` with `remat="mhc"`, else 1.
+
+    Source: arXiv 2512.24880, section 4.3.2.
+    """
+    n = config.mhc_flows
+    return max(1, round(math.sqrt(n * config.num_layers / (n + 2)))) if remat == "mhc" else 1
 
 
 def _sample(res: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from rlm_mhc.fn.lm import positions, require_kind
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import LMParams
-from rlm_mhc.program.functions import Announce, Functions, make_functions
-from rlm_mhc.program.microbatch import run_microbatch, stored_every
+from rlm_mhc.program.functions import Announce, Functions, make_functions, stored_every
+from rlm_mhc.program.microbatch import run_microbatch
 from rlm_mhc.tree import named_leaves, rebuild, size, unravel
 
 Reduce = Callable[[Tensor], Any]

@@ -11,9 +11,8 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import REFERENCE
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import init
-from rlm_mhc.program.functions import make_functions
+from rlm_mhc.program.functions import make_functions, stored_every
 from rlm_mhc.program.head import chunk_tokens
-from rlm_mhc.program.microbatch import stored_every
 from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
 
 
@@ -62,7 +61,8 @@ def count_activations(
     logits = chunk_tokens(tokens.numel(), config.vocab_size, device) * config.vocab_size
     backward = 2 * state + (2 * wide if config.mhc_enabled else 0) + rebuilt
     matrix = compute.itemsize * config.vocab_size * config.hidden_dim
-    return Activations(kept, state + 4 * logits + matrix, max(backward, state + matrix))
+    embedding = 4 * config.vocab_size * config.hidden_dim
+    return Activations(kept, state + 4 * logits + matrix, max(backward, state + embedding))
 
 
 def _bytes(tree: Any) -> int:

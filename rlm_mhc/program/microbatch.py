@@ -1,27 +1,16 @@
 """One microbatch: embed, blocks, head, and back, each tensor freed when nothing reads it any more."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Functions
 from rlm_mhc.program.head import run_head
 from rlm_mhc.program.stage import Weights
-
-
-def stored_every(config: ModelConfig, remat: str) -> int:
-    """The streams are stored before every so many layers: `sqrt(n · layers / (n + 2))` with `remat="mhc"`, else 1.
-
-    Source: arXiv 2512.24880, section 4.3.2.
-    """
-    n = config.mhc_flows
-    return max(1, round(math.sqrt(n * config.num_layers / (n + 2)))) if remat == "mhc" else 1
 
 
 def run_microbatch(
@@ -64,7 +53,9 @@ def run_microbatch(
         grads, cotangent = run.backward(layers[index], states.pop(index), kept.pop(index), cotangent)
         add(index, grads)
         del grads
-    rows = cotangent.flatten(2, -2).sum(-2) if cotangent.dim() > 3 else cotangent
+    # A token may occur thousands of times: its rows are summed in fp32, in any precision.
+    wide = torch.promote_types(cotangent.dtype, torch.float32)
+    rows = cotangent.sum(-2, dtype=wide) if cotangent.dim() > 3 else cotangent.to(wide)
     vocab_size = len(into.embed_tokens.weight)
     # PyTorch's own kernel sums in a fixed order; compiled, it would become additions in the order of the threads.
     into.embed_tokens.weight.add_(torch.ops.aten.embedding_dense_backward(rows, batch.tokens, vocab_size, -1, False))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Weights = Mapping[str, Tensor]
 Grads = dict[str, Tensor]
@@ -34,7 +35,13 @@ def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[Any], 
     >>> y, pull(torch.tensor(1.0))
     (tensor(9.), (tensor(6.),))
     """
-    output, pull = torch.func.vjp(f, *inputs)  # type: ignore[misc]
+
+    def viewed(*inputs: Any) -> Any:
+        # Under torch.compile an autograd.Function in `f` loses its own backward where its arguments are exactly what
+        # is differentiated (pytorch issue 193279); views of them are not.
+        return f(*pytree.tree_map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, inputs))
+
+    output, pull = torch.func.vjp(viewed, *inputs)  # type: ignore[misc]
     return output, pull
 
 

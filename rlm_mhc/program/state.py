@@ -12,8 +12,8 @@ from rlm_mhc.program.precision import LossScale, init_loss_scale
 
 
 class TrainState(NamedTuple):
-    """`params` in fp32, the optimizer's moments, `step`: the number of updates done, a 0-d int64 tensor, and for fp16
-    the scale of the loss."""
+    """`params` in fp32, the optimizer's moments, `step`: the number of steps done, skipped ones included, a 0-d int64
+    tensor, and for fp16 the scale of the loss."""
 
     params: LMParams
     optimizer: AdamWState

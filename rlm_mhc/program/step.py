@@ -55,7 +55,7 @@ def make_train_step(
         With fp16 also `loss_scale`, and `skipped`: 1 where the gradient was not finite and nothing was updated.
 
     Raises:
-        ValueError: from the step, when the batch has another number of sequences.
+        ValueError: from the step, when the batch has another number of sequences, or the state is of another precision.
 
     >>> from rlm_mhc import fn
     >>> from rlm_mhc.program import init_train_state, make_train_step
@@ -84,12 +84,18 @@ def make_train_step(
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
+        if bool(state.loss_scale) != (train_config.mixed_precision == "fp16"):
+            found = "a" if state.loss_scale else "no"
+            raise ValueError(
+                f"mixed_precision={train_config.mixed_precision!r}, but the state has {found} loss scale; "
+                "make it with init_train_state and the same train_config"
+            )
         microbatches = _microbatches(batch, train_config)
         compute = cast(state.params, config, COMPUTE_DTYPE[train_config.mixed_precision])
         counted = _total(all_ranks, count_targets(batch.targets))
         loss_scale = state.loss_scale.scale if state.loss_scale else torch.ones_like(counted)
         # Sums under one scale rather than averages of averages: ranks and microbatches may count different numbers.
-        loss, grads, parts, res = gradients(compute, microbatches, loss_scale / counted.clamp(min=1))
+        loss, grads, parts, res = gradients(compute, microbatches, loss_scale / torch.where(counted > 0, counted, 1.0))
         loss = _total(all_ranks, loss) / loss_scale
         norm = global_norm(parts) / loss_scale
         skipped = (~norm.isfinite()).to(torch.float32) if state.loss_scale else None

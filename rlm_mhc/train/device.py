@@ -83,7 +83,8 @@ def describe(device: torch.device) -> str:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a run may use: what is free on a CUDA device, all of the machine's (or container's) on a CPU.
+    """Memory that a run may use: what is free on a CUDA device; on a CPU the machine's (or container's), shared by
+    the ranks on it.
 
     None where the system does not tell.
     """
@@ -94,7 +95,8 @@ def available_bytes(device: torch.device) -> int | None:
     except (AttributeError, ValueError, OSError):
         return None
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
-    return min(total, int(limit)) if limit.isdigit() else total
+    total = min(total, int(limit)) if limit.isdigit() else total
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -76,14 +76,15 @@ def train(
             state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
             if "skipped" in metrics:
                 skipped = skipped + metrics["skipped"]
-                metrics["skipped"] = skipped
             last = number == training.max_steps
             saved = last or number % training.save_steps == 0
             evaluated = last or number == 1 or number % training.eval_steps == 0
             drawn = False
             if evaluated or saved or number % training.logging_steps == 0:
-                tokens, skipped = seen + number * plan.tokens_per_step, torch.zeros((), device=device)
-                record = _record(number, tokens, metrics) | speed.read(number)
+                record = _record(number, seen + number * plan.tokens_per_step, metrics) | speed.read(number)
+                if "skipped" in metrics:
+                    _report_skipped(record, int(skipped))
+                    skipped = torch.zeros_like(skipped)
                 if evaluated:
                     record["eval/loss"] = evaluate(state, run, data, ranks)
                 _require_finite(record)
@@ -215,7 +216,7 @@ def _record(number: int, tokens: int, metrics: dict[str, Tensor]) -> dict[str, A
 
 
 def _postfix(record: dict[str, Any]) -> str:
-    shown = [f"loss {record['train/loss']:.3f}"]
+    shown = [f"loss {record['train/loss']:.3f}" if record["train/loss"] is not None else "skipped"]
     if record.get("eval/loss") is not None:
         shown.append(f"eval {record['eval/loss']:.3f}")
     if "tokens_per_sec" in record:
@@ -223,17 +224,32 @@ def _postfix(record: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-def _require_finite(record: dict[str, Any]) -> None:
-    if record.get("skipped"):
+def _report_skipped(record: dict[str, Any], skipped: int) -> None:
+    """Turn the record's `skipped` from that of its own step into that of all steps since the last record, and say so.
+
+    What a skipped step computed is no number to keep.
+
+    Raises:
+        ValueError: when the loss scale has become so small that it is not what is wrong.
+    """
+    if record["skipped"]:
+        record |= {"train/loss": None, "grad_norm": None}
+        if record["loss_scale"] < SMALLEST_LOSS_SCALE:
+            raise ValueError(
+                f"no gradient is finite at step {record['step']}, even at loss scale {record['loss_scale']:g}; lower "
+                "training.optimizer.lr, or use training.mixed_precision=bf16"
+            )
+    record["skipped"] = skipped
+    if skipped:
         tqdm.write(
-            f"step {record['step']}: {record['skipped']:.0f} steps skipped since the last line, for gradients that "
-            f"were not finite; the loss scale is {record['loss_scale']:g}"
+            f"step {record['step']}: {skipped} steps skipped since the last line, for gradients that were not finite; "
+            f"the loss scale is {record['loss_scale']:g}"
         )
-        if record["loss_scale"] > SMALLEST_LOSS_SCALE and math.isfinite(record["train/loss"]):
-            record["grad_norm"] = record["grad_norm"] if math.isfinite(record["grad_norm"]) else None
-            return
-    losses = (record["train/loss"], record["grad_norm"], record.get("eval/loss") or 0.0)
-    if not all(map(math.isfinite, losses)):
+
+
+def _require_finite(record: dict[str, Any]) -> None:
+    values = [record[name] for name in ("train/loss", "grad_norm", "eval/loss") if record.get(name) is not None]
+    if not all(map(math.isfinite, values)):
         raise ValueError(
             f"the loss or gradient is not finite at step {record['step']} (loss {record['train/loss']}, gradient norm "
             f"{record['grad_norm']}); lower training.optimizer.lr or lengthen training.scheduler.warmup_steps, "

@@ -69,3 +69,19 @@ def test_schedule_warms_up_peaks_and_decays():
 
 def test_schedule_without_warmup_and_on_a_tensor():
     assert fn.cosine_schedule(torch.tensor(0), lr=1.0, warmup_steps=0, max_steps=1).item() == pytest.approx(0.1)
+
+
+def test_a_pure_update_leaves_scaled_gradients_alone():
+    params, grads = (torch.ones(3),), (torch.full((3,), 8.0),)
+    fn.adamw(params, grads, fn.adamw_init(params), (False,), lr=0.1, grad_scale=torch.tensor(4.0))
+    assert torch.equal(grads[0], torch.full((3,), 8.0))
+
+
+def test_found_inf_leaves_everything_as_it_was():
+    params, grads = (torch.ones(3),), (torch.full((3,), torch.inf),)
+    state = fn.adamw_init(params)
+    after, same = fn.adamw(
+        params, grads, state, (True,), lr=0.1, found_inf=torch.tensor(1.0), grad_scale=torch.tensor(2.0)
+    )
+    assert torch.equal(after[0], params[0])
+    assert same.step == 0

@@ -58,9 +58,22 @@ def test_without_a_compiler_the_plain_path_serves(monkeypatch, tmp_path):
     native.load_native.cache_clear()
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert native.load_native(op.SOURCE) is None
+    with pytest.warns(UserWarning, match="was not built"):
+        assert native.load_native(op.SOURCE) is None
     logits, _ = case(4, (5,), 1.0, torch.float32)
     torch.testing.assert_close(sinkhorn(logits, 20), fn.sinkhorn_knopp(logits))
+    native.load_native.cache_clear()
+
+
+def test_a_library_that_others_may_write_to_is_not_loaded(tmp_path, monkeypatch):
+    native.load_native.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    if native.load_native(op.SOURCE) is None:
+        pytest.skip("no C++ compiler on this machine")
+    (tmp_path / "native").chmod(0o777)
+    native.load_native.cache_clear()
+    with pytest.warns(UserWarning, match="others may write to it"):
+        assert native.load_native(op.SOURCE) is None
     native.load_native.cache_clear()
 
 
@@ -115,6 +128,37 @@ def test_its_own_backward_is_the_one_that_runs(mode, monkeypatch):
     monkeypatch.setattr(module, "sinkhorn_backward", lambda x, g, k: 3 * sinkhorn_backward(x, g, k))
     torch._dynamo.reset()
     torch.testing.assert_close(modes()[mode](lambda x: loss(sinkhorn_knopp, x), logits), 3 * expected)
+
+
+@pytest.mark.parametrize(
+    ("logits", "cotangent", "iters"),
+    [
+        (torch.zeros(3, 2, 2, dtype=torch.bfloat16), None, 5),
+        (torch.zeros(3, 2, 3), None, 5),
+        (torch.zeros(3, 0, 0), None, 5),
+        (torch.zeros(3, 2, 2), torch.zeros(2, 2, 2), 5),
+        (torch.zeros(3, 2, 2), torch.zeros(3, 2, 2, dtype=torch.float64), 5),
+        (torch.zeros(3, 2, 2), None, 0),
+    ],
+)
+def test_the_raw_ops_refuse_what_they_would_misread(logits, cotangent, iters):
+    with pytest.raises(ValueError, match="expected"):
+        sinkhorn_backward(logits, logits if cotangent is None else cotangent, iters)
+    if cotangent is None:
+        with pytest.raises(ValueError, match="expected"):
+            sinkhorn(logits, iters)
+
+
+def test_second_derivatives_are_an_error_not_zero():
+    logits, cotangent = case(3, (2,), 1.0, torch.float64)
+    once = torch.func.grad(lambda x: (sinkhorn_knopp(x) * cotangent).sum())
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.func.grad(lambda x: once(x).square().sum())(logits)
+
+
+def test_large_n_takes_the_plain_path():
+    logits, _ = case(33, (2,), 1.0, torch.float64)
+    torch.testing.assert_close(sinkhorn(logits, 3), fn.sinkhorn_knopp(logits, num_iters=3))
 
 
 def test_vmap_and_refusals():

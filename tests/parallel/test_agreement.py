@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlm_mhc.parallel import Ranks, checksum, code_version, require_agreement, start_ranks
+from rlm_mhc.parallel import Ranks, checksum, code_version, find_ranks, require_agreement
 
 
 def test_checksum_sees_values_shapes_and_dtypes():
@@ -13,9 +13,10 @@ def test_checksum_sees_values_shapes_and_dtypes():
         tree | {"a": torch.arange(6.0).view(2, 3)},
         tree | {"a": torch.arange(6.0).double()},
         tree | {"b": torch.tensor(4)},
+        tree | {"a": torch.arange(6.0).flip(0)},
         tree | {"a": torch.nextafter(torch.arange(6.0), torch.tensor(9.0))},
     ]
-    assert len({checksum(tree), *map(checksum, others)}) == 5
+    assert len({checksum(tree), *map(checksum, others)}) == 6
 
 
 def test_one_rank_agrees_with_itself_without_looking():
@@ -35,4 +36,4 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun"):
-        start_ranks(torch.device("cpu"))
+        find_ranks()

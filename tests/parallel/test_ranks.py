@@ -82,15 +82,6 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(corpus, tmp_p
     assert together.stdout.count("sample text") == 1
 
 
-@pytest.mark.slow
-def test_a_mistake_on_the_first_rank_ends_all_and_is_told(corpus, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").touch()
-    result = torchrun(corpus, f"output_dir={tmp_path / 'run'}")
-    assert result.returncode != 0
-    assert "already holds a run" in result.stderr
-
-
 def start(rank, port, *arguments):
     environment = os.environ | {
         "RANK": str(rank),
@@ -114,9 +105,9 @@ def free_port():
 def two_ranks():
     started = []
 
-    def launch(*arguments):
+    def launch(*arguments, of_second=()):
         port = free_port()
-        started.extend(start(rank, port, *arguments) for rank in range(2))
+        started.extend(start(rank, port, *arguments, *extra) for rank, extra in enumerate(((), of_second)))
         return started
 
     yield launch
@@ -149,10 +140,21 @@ def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(corpus, tm
 
 
 @pytest.mark.slow
+def test_a_mistake_on_the_first_rank_is_told_to_the_other(corpus, tmp_path, two_ranks):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    ranks = two_ranks(corpus, f"output_dir={tmp_path / 'run'}", "training.batch_size=2")
+    _, errors = ranks[1].communicate(timeout=90)
+    assert ranks[1].returncode != 0
+    last = errors.rstrip().splitlines()[-1]
+    assert "rank 1 ends because rank 0 failed" in last
+    assert "already holds a run" in last
+
+
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused(corpus, tmp_path, two_ranks):
-    port = free_port()
     common = [corpus, f"output_dir={tmp_path / 'run'}", "training.max_steps=2", "training.batch_size=2"]
-    ranks = [start(0, port, *common), start(1, port, *common, "training.optimizer.lr=1e-3")]
+    ranks = two_ranks(*common, of_second=["training.optimizer.lr=1e-3"])
     outcomes = [rank.communicate(timeout=120) for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
     assert any("rank 1 differs from rank 0 in config" in errors for _, errors in outcomes), outcomes

@@ -3,7 +3,8 @@ import torch
 
 from rlm_mhc import TrainConfig, fn
 from rlm_mhc.program import init_train_state, make_train_step
-from rlm_mhc.program.microbatch import stored_every
+from rlm_mhc.program.functions import stored_every
+from rlm_mhc.program.head import LOGITS_AT_ONCE, chunk_tokens
 from rlm_mhc.program.precision import LossScale, next_loss_scale
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
 from rlm_mhc.tree import tree_leaves, tree_map
@@ -199,6 +200,75 @@ def test_fp16_skips_a_step_that_overflows_and_halves_the_scale():
     assert not torch.equal(after.params.embed_tokens.weight, state.params.embed_tokens.weight)
 
 
+def test_a_state_of_another_precision_is_refused():
+    config, batch = small_config(), random_batch(small_config(), 4, 9)
+    for made, used in (("bf16", "fp16"), ("fp16", "bf16")):
+        state = init_train_state(config, training(mixed_precision=made), device="cpu")
+        with pytest.raises(ValueError, match="loss scale"):
+            make_train_step(config, training(mixed_precision=used))(state, batch)
+
+
+def test_the_head_in_chunks_with_a_padded_last_one_changes_nothing(monkeypatch):
+    config = small_config()
+    batch = random_batch(config, 4, 9, ignored=0.3)
+    whole = gradient(config, training(), batch)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 5 * config.vocab_size)
+    assert chunk_tokens(18, config.vocab_size, "cpu") == 5  # four chunks, two tokens missing in the last
+    assert_trees_close(gradient(config, training(), batch), whole, 1e-6)
+
+
+def test_a_token_that_occurs_often_has_an_exact_gradient_in_bf16():
+    config = small_config(tie_embeddings=False, num_layers=1)
+    tokens = torch.full((4, 64), 7)
+    batch = fn.Batch(tokens, random_batch(config, 4, 64).targets)
+    exact = torch.func.grad(fn.loss)(fn.init(config), batch, config).embed_tokens.weight[7]
+    rest = gradient(config, training(mixed_precision="bf16"), batch)[0]
+    ours = rest[: config.vocab_size * config.hidden_dim].view(config.vocab_size, config.hidden_dim)[7]
+    assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("field", ["rms_norm", "mhc_aggregate", "mhc_combine"])
+def test_the_backward_of_a_users_kernel_is_the_one_that_runs(field):
+    """One that triples the gradient: if it were dropped for the derivative of the forward, nothing would change."""
+    from rlm_mhc.program.stage import pullback
+
+    original = getattr(fn, field)
+
+    class Tripled(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs):
+            return original(*inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+
+        @staticmethod
+        def backward(ctx, g):
+            saved = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                out = original(*saved)
+            return tuple(3 * x for x in torch.autograd.grad(out, saved, g))
+
+    streams, vector = torch.randn(5, 4, 8), torch.randn(5, 8)
+    inputs = {
+        "rms_norm": (vector, torch.rand(8)),
+        "mhc_aggregate": (streams, torch.rand(5, 4)),
+        "mhc_combine": (streams, vector, torch.rand(5, 4), torch.rand(5, 4, 4)),
+    }[field]
+    _, pull = pullback(original, *inputs)
+    expected = pull(torch.ones_like(original(*inputs)))
+
+    def grads(*inputs):
+        out, pull = pullback(Tripled.apply, *inputs)
+        return pull(torch.ones_like(out))
+
+    for run in (grads, torch.compile(grads, fullgraph=True)):
+        assert_trees_close(run(*inputs), tuple(3 * g for g in expected), 1e-5)
+
+
 def test_the_loss_scale_grows_after_many_good_steps():
     scale = LossScale(torch.tensor(4.0), torch.tensor(1999))
     assert next_loss_scale(scale, torch.tensor(0.0)) == (8.0, 0)
@@ -234,7 +304,8 @@ def test_the_compiled_step_has_the_gradients_of_the_loss(mhc, remat, precision, 
     assert {of for _, of, _ in said} == {functions}
 
     grads = torch.func.grad(fn.loss)(fn.init(config), batch, config)
-    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(layer)]) for layer in reversed(grads.layers)]
+    groups = [*reversed(grads.layers), grads._replace(layers=())]
+    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(group)]) for group in groups]
     assert_trees_close(seen[1 : 1 + len(expected)], expected, tolerance)
 
 
@@ -274,7 +345,8 @@ def test_gpu_compiled_gradients_equal_the_reference_in_float64(precision, tolera
     config = small_config(**LARGER)
     batch = random_batch(config, 4, 128, ignored=0.3)
     exact = torch.func.grad(fn.loss)(fn.init(config, dtype=torch.float64), batch, config)
-    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(layer)]) for layer in reversed(exact.layers)]
+    groups = [*reversed(exact.layers), exact._replace(layers=())]
+    expected = [torch.cat([leaf.flatten() for leaf in tree_leaves(group)]) for group in groups]
     train_config = training(compile=True, mixed_precision=precision, remat=remat)
     state, seen = init_train_state(config, train_config, device="cuda"), []
     step = make_train_step(config, train_config, reduce=lambda g: seen.append(g.clone()) or g)
@@ -287,9 +359,16 @@ def test_gpu_compiled_gradients_equal_the_reference_in_float64(precision, tolera
 @pytest.mark.gpu
 @GPU
 @pytest.mark.usefixtures("no_shape_checks")
-def test_gpu_steps_are_the_same_bit_for_bit():
-    config, train_config = small_config(**LARGER), training(compile=True, mixed_precision="bf16")
-    batch = fn.Batch(*(x.cuda() for x in random_batch(config, 4, 128)))
-    step = make_train_step(config, train_config)
-    runs = [step(init_train_state(config, train_config, device="cuda"), batch)[0] for _ in range(2)]
-    assert_trees_close(runs[0].params, runs[1].params, 0.0)
+def test_gpu_steps_are_the_same_bit_for_bit_where_pytorch_is_asked_for_it(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    config = small_config(**(LARGER | {"max_seq_len": 1024}))
+    train_config = training(compile=True, mixed_precision="bf16")
+    batch = fn.Batch(*(x.cuda() for x in random_batch(config, 4, 1024)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        step = make_train_step(config, train_config)
+        runs = [step(init_train_state(config, train_config, device="cuda"), batch)[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert_trees_close(run.params, runs[0].params, 0.0)

@@ -3,6 +3,7 @@
 Its own autograd function cannot be used under `torch.func` (flash-attention issue 2071).
 """
 
+import importlib.metadata
 import importlib.util
 import math
 from typing import Any
@@ -15,14 +16,22 @@ from rlm_mhc.fn.kernels import Differentiable
 NO_WINDOW = -1
 
 
-def require_flash_attention() -> None:
-    """Refuse to go on without the package.
+def require_flash_attention(head_dim: int) -> None:
+    """Refuse to go on without the package, or with heads that it does not take.
 
     Raises:
-        ValueError: when flash-attn is not installed.
+        ValueError: when flash-attn 2.7 or newer 2 is not installed, or `head_dim` is no multiple of 8 up to 256.
     """
     if importlib.util.find_spec("flash_attn") is None:
         raise ValueError("flash-attn is not installed: pip install 'rlm-mhc[gpu]', or use training.attention=torch")
+    version = importlib.metadata.version("flash_attn")
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if major != 2 or minor < 7:
+        raise ValueError(f"flash-attn {version}: expected 2.7 or a newer 2, or use training.attention=torch")
+    if head_dim % 8 or head_dim > 256:
+        raise ValueError(
+            f"head_dim={head_dim}: flash-attn takes multiples of 8 up to 256; use training.attention=torch"
+        )
 
 
 def _function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from rlm_mhc.kernels.sinkhorn.op import sinkhorn, sinkhorn_backward
 def sinkhorn_knopp(logits: Tensor, *, num_iters: int = 20) -> Tensor:
     """`fn.sinkhorn_knopp`, faster on a CPU, and keeping only the logits for its backward.
 
-    Not for forward mode (`jvp`): use the reference there.
+    Not for forward mode (`jvp`) and second derivatives, which are errors: use the reference there.
 
     >>> sinkhorn_knopp(torch.zeros(2, 2))
     tensor([[0.5000, 0.5000],
@@ -24,6 +24,30 @@ def sinkhorn_knopp(logits: Tensor, *, num_iters: int = 20) -> Tensor:
     # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
     # (pytorch issue 193279); a view of them is not.
     return _Sinkhorn.apply(wide.view_as(wide), num_iters)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient, with an error in place of a second derivative that would silently be zero."""
+
+    @staticmethod
+    def forward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
+        return sinkhorn_backward(logits, cotangent, num_iters)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError("second derivatives of this sinkhorn_knopp are not there; use rlm_mhc.fn.sinkhorn_knopp")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], logits: Tensor, cotangent: Tensor, num_iters: int) -> Any:
+        logits, cotangent = (
+            x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+            for x, axis in zip((logits, cotangent), in_dims, strict=False)
+        )
+        return sinkhorn_backward(logits.contiguous(), cotangent.contiguous(), num_iters), 0
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -39,7 +63,7 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
-        return sinkhorn_backward(logits, cotangents[0], ctx.num_iters), None
+        return _Gradient.apply(logits, cotangents[0], ctx.num_iters), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], logits: Tensor, num_iters: int) -> tuple[Tensor, int]:

@@ -1,6 +1,6 @@
-"""`fn.sinkhorn_knopp` and the gradient of its finite iteration, tokens last, as one library op each on the CPU.
+"""`fn.sinkhorn_knopp` and the gradient of its finite iteration, as one library op each on the CPU.
 
-See README.md beside this file for the derivation.
+See README.md beside this file for the derivation. Neither has a derivative of its own; `function.py` joins them.
 """
 
 import ctypes
@@ -13,22 +13,39 @@ from rlm_mhc.kernels.native import load_native
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 NAMESPACE = "rlm_mhc"
+LARGEST_NATIVE_N, LARGEST_NATIVE_ITERS = 32, 1000
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _library.define("sinkhorn(Tensor logits, int num_iters) -> Tensor")
 _library.define("sinkhorn_backward(Tensor logits, Tensor cotangent, int num_iters) -> Tensor")
 
 
 def sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
-    """`fn.sinkhorn_knopp(logits)` for logits `[*b, n, n]` in fp32 or fp64."""
+    """`fn.sinkhorn_knopp(logits)` for logits `[*b, n, n]` in fp32 or fp64.
+
+    Raises:
+        ValueError: on another dtype or shape, or fewer than one iteration.
+    """
+    _check(logits, logits, num_iters)
     # On a GPU the plain operations are traced and fused by the compiler; on a CPU that takes it most of a minute.
     return torch.ops.rlm_mhc.sinkhorn(logits, num_iters) if logits.is_cpu else plain(logits, num_iters)
 
 
 def sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
-    """The cotangent of the logits, from that of the matrices; nothing but the logits is kept for it."""
+    """The cotangent of the logits, from that of the matrices, of the same shape and dtype; errors as `sinkhorn`."""
+    _check(logits, cotangent, num_iters)
     if not logits.is_cpu:
         return plain_backward(logits, cotangent, num_iters)
     return torch.ops.rlm_mhc.sinkhorn_backward(logits, cotangent, num_iters)
+
+
+def _check(logits: Tensor, cotangent: Tensor, num_iters: int) -> None:
+    shape, dtype = tuple(logits.shape), logits.dtype
+    if dtype not in (torch.float32, torch.float64) or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
+        raise ValueError(f"logits {dtype} {list(shape)}: expected fp32 or fp64, [*b, n, n] with n of at least 1")
+    if cotangent.shape != logits.shape or cotangent.dtype != dtype:
+        raise ValueError(f"cotangent {cotangent.dtype} {list(cotangent.shape)}: expected that of the logits")
+    if num_iters < 1:
+        raise ValueError(f"num_iters={num_iters}: expected at least 1")
 
 
 def _first_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +107,12 @@ def _sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Ten
 
 
 def _native(logits: Tensor, cotangent: Tensor | None, num_iters: int) -> Tensor | None:
-    library = load_native(SOURCE) if logits.device.type == "cpu" else None
+    n = logits.shape[-1]
+    small = n <= LARGEST_NATIVE_N and num_iters <= LARGEST_NATIVE_ITERS  # its memory grows with both
+    library = load_native(SOURCE) if small else None
     if library is None:
         return None
     run = library.sinkhorn_float if logits.dtype == torch.float32 else library.sinkhorn_double
-    n = logits.shape[-1]
     logits = logits.contiguous()
     cotangent = None if cotangent is None else cotangent.contiguous()
     out = torch.empty_like(logits)
