@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlm_mhc.program.stage import chain, recompute, residual, stage
+from rlm_mhc.program.stage import chain, pullback, recompute, residual, stage
 from rlm_mhc.testing import assert_trees_close
 
 WEIGHTS = {"a": torch.randn(3, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64), "c": torch.ones(3)}
@@ -50,3 +50,31 @@ def test_recompute_keeps_nothing_and_a_chain_its_inner_inputs():
     inner, _ = build().forward(WEIGHTS, x)[1]
     assert_trees_close(inner[0], linear(WEIGHTS["a"], x), 0.0)
     assert len(inner) == 3
+
+
+class Tripled(torch.autograd.Function):
+    """A product whose backward triples: were it dropped for the derivative of the forward, the three would go."""
+
+    @staticmethod
+    def forward(x, w):
+        return x * w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return 3 * g * w, 3 * g * x
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_kernel_keeps_its_own_backward(compiled):
+    x, w, g = torch.randn(4), torch.randn(4), torch.randn(4)
+
+    def grads(x, w, g):
+        return pullback(lambda x, w: Tripled.apply(x, w), x, w)[1](g)
+
+    run = torch.compile(grads, fullgraph=True) if compiled else grads
+    assert_trees_close(run(x, w, g), (3 * g * w, 3 * g * x), 1e-6)

@@ -227,48 +227,6 @@ def test_a_token_that_occurs_often_has_an_exact_gradient_in_bf16():
     assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize("field", ["rms_norm", "mhc_aggregate", "mhc_combine"])
-def test_the_backward_of_a_users_kernel_is_the_one_that_runs(field):
-    """One that triples the gradient: if it were dropped for the derivative of the forward, nothing would change."""
-    from rlm_mhc.program.stage import pullback
-
-    original = getattr(fn, field)
-
-    class Tripled(torch.autograd.Function):
-        @staticmethod
-        def forward(*inputs):
-            return original(*inputs)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
-
-        @staticmethod
-        def backward(ctx, g):
-            saved = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            with torch.enable_grad():
-                out = original(*saved)
-            return tuple(3 * x for x in torch.autograd.grad(out, saved, g))
-
-    streams, vector = torch.randn(5, 4, 8), torch.randn(5, 8)
-    inputs = {
-        "rms_norm": (vector, torch.rand(8)),
-        "mhc_aggregate": (streams, torch.rand(5, 4)),
-        "mhc_combine": (streams, vector, torch.rand(5, 4), torch.rand(5, 4, 4)),
-    }[field]
-    _, pull = pullback(original, *inputs)
-    expected = pull(torch.ones_like(original(*inputs)))
-
-    def grads(*inputs):
-        out, pull = pullback(Tripled.apply, *inputs)
-        return pull(torch.ones_like(out))
-
-    for run in (grads, torch.compile(grads, fullgraph=True)):
-        assert_trees_close(run(*inputs), tuple(3 * g for g in expected), 1e-5)
-
-
 def test_the_loss_scale_grows_after_many_good_steps():
     scale = LossScale(torch.tensor(4.0), torch.tensor(1999))
     assert next_loss_scale(scale, torch.tensor(0.0)) == (8.0, 0)
