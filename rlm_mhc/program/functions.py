@@ -39,7 +39,6 @@ class Functions(NamedTuple):
 
 GUARDS = {
     "TENSOR_MATCH",
-    "SEQUENCE_LENGTH",
     "SHAPE_ENV",
     "GRAD_MODE",
     "GLOBAL_STATE",

@@ -56,7 +56,13 @@ def run_microbatch(
     # A token may occur thousands of times: its rows are summed in fp32, in any precision.
     wide = torch.promote_types(cotangent.dtype, torch.float32)
     rows = cotangent.sum(-2, dtype=wide) if cotangent.dim() > 3 else cotangent.to(wide)
-    vocab_size = len(into.embed_tokens.weight)
-    # PyTorch's own kernel sums in a fixed order; compiled, it would become additions in the order of the threads.
-    into.embed_tokens.weight.add_(torch.ops.aten.embedding_dense_backward(rows, batch.tokens, vocab_size, -1, False))
+    _add_rows(into.embed_tokens.weight, batch.tokens.flatten(), rows.flatten(0, 1))
     return loss, sampled
+
+
+def _add_rows(matrix: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """Add each row to that of its token, in a fixed order: compiled, it would be in the order of the threads."""
+    if matrix.is_cpu:
+        matrix.index_add_(0, tokens, rows)
+    else:  # there index_add_ has no fixed order, and this has
+        matrix.add_(torch.ops.aten.embedding_dense_backward(rows, tokens, len(matrix), -1, False))

@@ -99,6 +99,9 @@ def make_train_step(
         loss = _total(all_ranks, loss) / loss_scale
         norm = global_norm(parts) / loss_scale
         skipped = (~norm.isfinite()).to(torch.float32) if state.loss_scale else None
+        grad_scale: Tensor | None = loss_scale * (norm / train_config.max_grad_norm).clamp(min=1)
+        if norm.is_cpu and grad_scale == 1:
+            grad_scale = None  # nothing to divide by; on CUDA to look would be to wait
         lr = rate(state.step)
         params, moments = adamw(
             state.params,
@@ -109,7 +112,7 @@ def make_train_step(
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            grad_scale=loss_scale * (norm / train_config.max_grad_norm).clamp(min=1),
+            grad_scale=grad_scale,
             found_inf=skipped,
             donate=donate,
         )
