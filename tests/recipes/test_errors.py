@@ -29,6 +29,7 @@ MISTAKES = {
     "model.mhc_preset=hc": ["model.mhc_preset='hc'", "not in this version"],
     "training.mixed_precision=fp8": ["training.mixed_precision='fp8'", "bf16, fp16, fp32"],
     "training.remat=ful": ["training.remat='ful'", "none, mhc, full", "did you mean 'full'"],
+    "training.remat=mhc model.mhc_enabled=false": ["remat='mhc'", "the model has none"],
     "training.attention=flash_attn": ["CUDA in bf16 or fp16 only", "attention=torch"],
     "parallel.strategy=zero3": ["parallel.strategy='zero3'", "not in this version"],
     "device=tpu": ["device='tpu'", "auto, cpu, cuda"],
@@ -48,7 +49,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_a_mistake_on_the_command_line(pretrain, corpus, tmp_path, argument):
-    result = pretrain(f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1", argument)
+    result = pretrain(f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1", *argument.split())
     assert result.code == 2
     assert result.last_error.startswith("error: ")
     assert all(word in result.last_error for word in MISTAKES[argument]), result.last_error

@@ -181,3 +181,25 @@ def test_a_diverging_run_stops_with_advice(pretrain, corpus, tmp_path):
     assert result.code == 2
     assert "not finite at step" in result.last_error
     assert "training.optimizer.lr" in result.last_error
+
+
+def test_fp16_saves_and_resumes_its_loss_scale_and_logs_it(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.mixed_precision=fp16"]
+    assert pretrain(*arguments, "training.max_steps=2").code == 0
+    state = json.loads((out / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["loss_scale"] == {"scale": 65536.0, "good_steps": 2}
+    result = pretrain(*arguments, "training.max_steps=3", "resume=auto")
+    assert result.code == 0, result.err
+    state = json.loads((out / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["loss_scale"] == {"scale": 65536.0, "good_steps": 3}
+    assert [(r["loss_scale"], r["skipped"]) for r in records(out)] == [(65536.0, 0)] * 3
+
+
+@pytest.mark.parametrize("remat", ["mhc", "full"])
+def test_recomputation_trains_the_same(pretrain, corpus, tmp_path, remat):
+    common = [f"data.train_path={corpus}", "training.max_steps=3"]
+    assert pretrain(*common, f"output_dir={tmp_path / 'kept'}").code == 0
+    assert pretrain(*common, f"output_dir={tmp_path / 'again'}", f"training.remat={remat}").code == 0
+    losses = [[r["train/loss"] for r in records(tmp_path / name)] for name in ("kept", "again")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
