@@ -49,7 +49,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_a_mistake_on_the_command_line(pretrain, corpus, tmp_path, argument):
-    result = pretrain(f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1", *argument.split())
+    common = [f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1"]
+    result = pretrain(*common, *argument.split())
     assert result.code == 2
     assert result.last_error.startswith("error: ")
     assert all(word in result.last_error for word in MISTAKES[argument]), result.last_error
