@@ -24,12 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.program import make_train_step
 from rlm_mhc.program.precision import init_loss_scale
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.testing.memory import peak_bytes
+from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import describe, peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token
@@ -144,28 +145,6 @@ class Loss(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def llama(config: ModelConfig) -> Any:
-    """transformers' Llama of the same shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            use_cache=False,
-            hidden_size=config.hidden_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_width,
-            intermediate_size=config.ffn_width,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            max_position_embeddings=config.max_seq_len,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    )
-
-
 class EagerPeer(nn.Module):
     """transformers' Llama layers inside the hyper-connections of the `hyper-connections` package."""
 
@@ -264,24 +243,6 @@ def measure(found: list[Subject], device: torch.device, rounds: int) -> None:
             timed(step, device)
             subject.times.append(timed(step, device, STEPS_PER_ROUND[device.type]))
             del step
-
-
-def peak_bytes(step: Callable[[], Tensor], device: torch.device) -> int:
-    """The most that a step has allocated at once, beyond what was there before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def copy_bandwidth(device: torch.device) -> float:

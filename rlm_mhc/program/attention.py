@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlm_mhc.fn.attention import causal_attention
 from rlm_mhc.fn.kernels import Differentiable
+from rlm_mhc.fn.norm import widen
 from rlm_mhc.program.stage import Stage, Weights, stage
 
 aten = torch.ops.aten
@@ -120,7 +121,7 @@ def _plain_backward(qkv: Heads, saved: tuple[Tensor, Tensor], cotangent: Tensor)
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     s = q.shape[-2]
     root = q.shape[-1] ** -0.25  # of the scale, on each side: the product alone may leave the range of fp16
-    scores = ((q * root) @ (_repeat(k, q) * root).mT).to(torch.promote_types(q.dtype, torch.float32))
+    scores = widen((q * root) @ (_repeat(k, q) * root).mT)
     return scores.masked_fill(torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1), -math.inf)
 
 

@@ -13,6 +13,26 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn import Batch
 
 T = TypeVar("T")
+# A run of the main recipe that takes a moment on a CPU; what is named after it wins.
+SMALL_RUN = [
+    "model=tiny",
+    "model.hidden_dim=32",
+    "model.num_layers=2",
+    "model.vocab_size=300",
+    "model.max_seq_len=64",
+    "model.mhc_sinkhorn_iters=5",
+    "data.max_length=16",
+    "training.batch_size=2",
+    "training.gradient_accumulation_steps=2",
+    "training.mixed_precision=fp32",
+    "training.compile=false",
+    "training.scheduler.warmup_steps=2",
+    "training.optimizer.lr=3e-3",
+    "training.logging_steps=1",
+    "training.eval_steps=2",
+    "training.eval_batches=2",
+    "device=cpu",
+]
 
 
 def small_config(**changes: Any) -> ModelConfig:

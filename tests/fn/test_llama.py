@@ -2,30 +2,16 @@
 
 import pytest
 import torch
-import transformers
 
 from rlm_mhc import fn
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
+from rlm_mhc.testing.peers import llama
 from rlm_mhc.tree import map_named, named_leaves
 
 
-def llama(config, params):
+def llama_with(config, params):
     """Their model with our weights."""
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.hidden_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.ffn_dim,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            max_position_embeddings=config.max_seq_len,
-            tie_word_embeddings=config.tie_embeddings,
-        )
-    ).eval()
+    theirs = llama(config).eval()
     weights = {
         name if name.startswith("lm_head") else f"model.{name}": leaf
         for name, leaf in named_leaves(params).items()
@@ -52,7 +38,7 @@ def test_logits_equal_llamas(tied, mhc):
     params = map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, params)
     tokens = random_batch(config, 3, 17).tokens
     with torch.no_grad():
-        expected = llama(config, params)(tokens).logits
+        expected = llama_with(config, params)(tokens).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(fn.forward(params, tokens, config), expected, atol=2e-5, rtol=0)
 
@@ -64,7 +50,7 @@ def test_logits_equal_llamas_at_initial_weights(n):
     params = map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, fn.init(config))
     tokens = random_batch(config, 3, 17).tokens
     with torch.no_grad():
-        expected = llama(config, params)(tokens).logits
+        expected = llama_with(config, params)(tokens).logits
     assert expected.std() > 0.05
     torch.testing.assert_close(fn.forward(params, tokens, config), expected, atol=2e-6, rtol=0)
 
@@ -72,7 +58,7 @@ def test_logits_equal_llamas_at_initial_weights(n):
 def test_gradients_equal_llamas():
     config = small_config(mhc_enabled=False, tie_embeddings=False)
     params, batch = louder(fn.init(config)), random_batch(config, 2, 9)
-    theirs = llama(config, params)
+    theirs = llama_with(config, params)
     torch.nn.functional.cross_entropy(theirs(batch.tokens).logits.flatten(0, 1), batch.targets.flatten()).backward()
     expected = {name.removeprefix("model."): w.grad for name, w in theirs.named_parameters()}
     ours = named_leaves(torch.func.grad(fn.loss)(params, batch, config))

@@ -13,26 +13,10 @@ import pytest
 from rlm_mhc.checkpoint import load_run
 from rlm_mhc.fn import adamw_init
 from rlm_mhc.testing import assert_trees_close
+from rlm_mhc.testing.models import SMALL_RUN
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_1b.py"
-SMALL = [
-    "model=tiny",
-    "model.hidden_dim=32",
-    "model.num_layers=3",
-    "model.vocab_size=300",
-    "model.max_seq_len=64",
-    "model.mhc_sinkhorn_iters=5",
-    "data.max_length=16",
-    "training.gradient_accumulation_steps=2",
-    "training.mixed_precision=fp32",
-    "training.compile=false",
-    "training.scheduler.warmup_steps=2",
-    "training.optimizer.lr=3e-3",
-    "training.logging_steps=1",
-    "training.eval_steps=10",
-    "training.eval_batches=3",
-    "device=cpu",
-]
+SMALL = [*SMALL_RUN, "model.num_layers=3", "training.eval_steps=10", "training.eval_batches=3"]
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from rlm_mhc import TrainConfig, fn
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.functions import make_functions
 from rlm_mhc.program.memory import count_activations
 from rlm_mhc.testing import random_batch, small_config
+from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.tree import named_leaves, tree_leaves
 
 SHAPE = dict(hidden_dim=128, num_layers=6, num_heads=4, num_kv_heads=4, ffn_dim=384, vocab_size=1024)
@@ -42,13 +42,7 @@ def test_the_peak_of_a_compiled_step_is_near_the_plan(remat):
     step = make_train_step(config, training, donate=True)
     for _ in range(2):
         state, _ = step(state, batch)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step(state, batch)
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    peak = peak_bytes(lambda: step(state, batch), torch.device("cpu"))
     top = 4 * (config.vocab_size + 1) * config.hidden_dim
     planned = count_activations(config, 4, 256, torch.float32, remat, "cpu").peak(
         4 * fn.count(config), top, config.num_layers, accumulated=False

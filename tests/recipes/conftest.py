@@ -8,26 +8,9 @@ import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from rlm_mhc.testing.models import SMALL_RUN
+
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = [
-    "model=tiny",
-    "model.hidden_dim=32",
-    "model.num_layers=2",
-    "model.vocab_size=300",
-    "model.max_seq_len=64",
-    "model.mhc_sinkhorn_iters=5",
-    "data.max_length=16",
-    "training.batch_size=2",
-    "training.gradient_accumulation_steps=2",
-    "training.mixed_precision=fp32",
-    "training.compile=false",
-    "training.scheduler.warmup_steps=2",
-    "training.optimizer.lr=3e-3",
-    "training.logging_steps=1",
-    "training.eval_steps=2",
-    "training.eval_batches=2",
-    "device=cpu",
-]
 
 
 class Result(NamedTuple):
@@ -57,7 +40,7 @@ def recipe(monkeypatch, capfd):
 
 @pytest.fixture
 def pretrain(recipe):
-    return lambda *arguments: recipe("pretrain_1b", *SMALL, *arguments)
+    return lambda *arguments: recipe("pretrain_1b", *SMALL_RUN, *arguments)
 
 
 @pytest.fixture

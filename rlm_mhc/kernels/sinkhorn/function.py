@@ -18,8 +18,6 @@ def sinkhorn_knopp(logits: Tensor, *, num_iters: int = 20) -> Tensor:
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
     """
-    if num_iters < 1:
-        raise ValueError(f"num_iters={num_iters}: expected at least 1")
     wide = widen(logits)
     # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
     # (pytorch issue 193279); a view of them is not.
