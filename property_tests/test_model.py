@@ -6,6 +6,7 @@ from rlm_mhc import fn
 from rlm_mhc.testing import random_batch
 from rlm_mhc.testing.strategies import configs
 from rlm_mhc.tree import map_named, named_leaves, tree_map
+from rlm_mhc.variants import PRESETS
 
 seeds = st.integers(0, 2**32)
 
@@ -37,7 +38,12 @@ def test_a_sequence_does_not_see_its_batch(config, length, seed):
     assert torch.allclose(together[0], fn.forward(params, tokens[0], config), atol=1e-11, rtol=0)
 
 
-@given(configs(mhc_enabled=True, mhc_flows=4, num_layers=3, mhc_sinkhorn_iters=20), seeds)
+@given(
+    configs(
+        mhc_enabled=True, mhc_preset="paper", mhc_projection=None, mhc_flows=4, num_layers=3, mhc_sinkhorn_iters=20
+    ),
+    seeds,
+)
 def test_every_mhc_weight_receives_a_gradient_at_init(config, seed):
     params, batch = fn.init(config, seed=seed), random_batch(config, 2, 8, seed=seed)
     grads = torch.func.grad(fn.loss)(params, batch, config)
@@ -53,16 +59,17 @@ def test_every_mhc_weight_receives_a_gradient_at_init(config, seed):
     assert all(g.isfinite().all() for g in named_leaves(grads).values())
 
 
-@given(configs(mhc_enabled=True, mhc_flows=2), seeds)
-def test_with_alpha_and_pre_at_zero_mhc_is_the_plain_transformer(config, seed):
-    # Two streams: pre = 1/2 gives the plain input exactly; with more, the norm hides the factor n/2 up to its eps.
+@given(configs(mhc_enabled=True).filter(lambda config: config.mhc_flows > 1), seeds)
+def test_with_alpha_at_zero_mhc_is_the_plain_transformer(config, seed):
     params = fn.init(config, seed=seed, dtype=torch.float64)
     params = map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, params)
     plain = config.replace(mhc_enabled=False)
     layers = tuple(layer._replace(attn_mhc=(), mlp_mhc=()) for layer in params.layers)
     tokens = random_batch(config, 2, 7, seed=seed).tokens
-    expected = fn.forward(params._replace(layers=layers), tokens, plain)
-    assert torch.allclose(fn.forward(params, tokens, config), expected, atol=1e-12, rtol=0)
+    expected = fn.forward(params._replace(layers=layers, head_mhc=()), tokens, plain)
+    # The eps of DeepSeek-V4 scales the aggregate a little, and takes a little from every row.
+    tolerance = 1e-4 if PRESETS[config.mhc_preset].eps else 1e-12
+    assert torch.allclose(fn.forward(params, tokens, config), expected, atol=tolerance, rtol=0)
 
 
 @given(configs(), seeds)

@@ -8,15 +8,9 @@ from hypothesis import strategies as st
 from rlm_mhc import fn
 from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.testing import TOLERANCE, assert_trees_close, random_batch, ranks_in_threads
+from rlm_mhc.testing.models import disturbed
 from rlm_mhc.testing.strategies import configs
 from rlm_mhc.tree import named_leaves, tree_map
-
-
-def disturbed(config, dtype):
-    """Weights away from the symmetric start, where gradients that should not be zero are not."""
-    params = fn.init(config, dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    return tree_map(lambda w: w + 0.1 * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
 
 
 def floor(grads):
@@ -34,7 +28,7 @@ def floor(grads):
 )
 def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumulation, dtype):
     remat = "none" if remat == "mhc" and not config.mhc_enabled else remat
-    exact = disturbed(config, torch.float64)
+    exact = disturbed(fn.init(config, dtype=torch.float64))
     params = tree_map(lambda w: w.to(dtype), exact)
     batch = random_batch(config, 2 * ranks * accumulation, 7, ignored=0.3)
     expected, value = torch.func.grad_and_value(fn.loss)(exact, batch, config)
@@ -65,7 +59,7 @@ def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumul
 )
 def test_compiled_program_gradients_equal_those_of_the_loss(config, remat, accumulation, flat):
     remat = "none" if remat == "mhc" and not config.mhc_enabled else remat
-    exact = disturbed(config, torch.float64)
+    exact = disturbed(fn.init(config, dtype=torch.float64))
     params = tree_map(lambda w: w.float(), exact)
     batch = random_batch(config, 2 * accumulation, 7, ignored=0.3)
     expected, value = torch.func.grad_and_value(fn.loss)(exact, batch, config)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from rlm_mhc import variants
 from rlm_mhc.validation import at_least, between, check, nearest, one_of, positive, section
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,7 +20,9 @@ class ModelConfig:
 
     `num_kv_heads=None` is `num_heads`, `head_dim=None` is `hidden_dim / num_heads`, and `ffn_dim=None` is
     `8/3 · hidden_dim` rounded up to a multiple of 64; after construction the fields hold these numbers.
-    `mhc_enabled=False` is the plain pre-norm transformer, without any mHC weight.
+    `mhc_enabled=False` is the plain pre-norm transformer, without any mHC weight. `mhc_preset` names a variant of
+    mHC (`rlm_mhc.variants.PRESETS`), `mhc_projection` what its `res` is made by (`rlm_mhc.fn.projections`; None: as
+    the preset has it).
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -42,9 +45,8 @@ class ModelConfig:
     mhc_enabled: bool = True
     mhc_flows: int = at_least(1, 4)
     mhc_sinkhorn_iters: int = at_least(1, 20)
-    mhc_preset: str = one_of(
-        "paper", later=("deepseek_v4", "single_pass", "identity", "hc", "lite", "kron", "orthostochastic")
-    )
+    mhc_preset: str = one_of(*variants.PRESETS)
+    mhc_projection: str | None = one_of(*variants.PROJECTIONS, optional=True)
 
     def __post_init__(self) -> None:
         check(self)
@@ -63,6 +65,35 @@ class ModelConfig:
                 f"head_dim={self.head_dim}: must be even, since rotary embedding turns pairs; "
                 f"it is hidden_dim={self.hidden_dim} / num_heads={self.num_heads} unless set"
             )
+        if self.mhc_enabled:
+            self._check_projection()
+
+    def _check_projection(self) -> None:
+        preset, name = variants.PRESETS[self.mhc_preset], self.projection
+        if preset.fixed and name != preset.projection:
+            raise ValueError(
+                f"mhc_projection={name!r}: the preset {self.mhc_preset!r} is that of {preset.projection!r}; "
+                "leave one of them out"
+            )
+        if name == "unconstrained" and not preset.fixed:
+            raise ValueError("mhc_projection='unconstrained': this is what mHC is not; use mhc_preset='hc'")
+        if not variants.PROJECTIONS[name].fits(self.mhc_flows):
+            raise ValueError(f"mhc_flows={self.mhc_flows}: {name} needs {variants.PROJECTIONS[name].needs}")
+
+    @property
+    def projection(self) -> str:
+        """`mhc_projection` as a str."""
+        return self.mhc_projection or variants.PRESETS[self.mhc_preset].projection
+
+    @property
+    def mhc_options(self) -> dict[str, Any]:
+        """What `fn.mhc_mappings` is to be told, besides weights and streams."""
+        return {
+            "num_iters": self.mhc_sinkhorn_iters,
+            "eps": self.norm_eps,
+            "preset": self.mhc_preset,
+            "projection": self.projection,
+        }
 
     @property
     def kv_heads(self) -> int:
@@ -197,8 +228,9 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
 
-def _derived_sizes(config: ModelConfig) -> dict[str, int]:
+def _derived_sizes(config: ModelConfig) -> dict[str, Any]:
     return {
+        "mhc_projection": variants.PRESETS[config.mhc_preset].projection,
         "num_kv_heads": config.num_heads,
         "head_dim": config.hidden_dim // config.num_heads,
         "ffn_dim": _round_up(8 * config.hidden_dim / 3, 64),

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.tree import map_named, named_leaves, tree_leaves, tree_map
+from rlm_mhc.variants import PRESETS, PROJECTIONS
 
 INIT_STD = 0.02
-ALPHA_INIT = 0.01
-RES_DIAGONAL_INIT = 0.995
 
 
 class Linear(NamedTuple):
@@ -40,7 +39,18 @@ class RMSNorm(NamedTuple):
 
 
 class MHCParams(NamedTuple):
-    """One sub-layer's hyper-connection: `phi: [n·c, 2n+n²]`, `alpha: [3]`, `bias: [2n+n²]`, split pre | post | res."""
+    """One sub-layer's hyper-connection: `phi: [n·c, 2n+k]`, `alpha: [3]`, `bias: [2n+k]`, split pre | post | res.
+
+    `k` are the raw numbers that `res` is made of: `n²` for Sinkhorn, another number for other projections.
+    """
+
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor
+
+
+class MHCHead(NamedTuple):
+    """How streams are collapsed by learning: `phi: [n·c, n]`, `alpha: [1]`, `bias: [n]`."""
 
     phi: Tensor
     alpha: Tensor
@@ -76,12 +86,13 @@ class Layer(NamedTuple):
 
 
 class LMParams(NamedTuple):
-    """A language model; `lm_head` is `()` when the embedding is tied."""
+    """A language model; `lm_head` is `()` when the embedding is tied, `head_mhc` where nothing is learned there."""
 
     embed_tokens: Embedding
     layers: tuple[Layer, ...]
     norm: RMSNorm
     lm_head: Linear | tuple[()]
+    head_mhc: MHCHead | tuple[()] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +118,7 @@ class WeightSpec:
         dtype = self.dtype(compute)
         if torch.device(device).type == "meta":
             return torch.empty(self.shape, dtype=dtype, device="meta")
-        mean = torch.as_tensor(self.mean, dtype=torch.float32).expand(self.shape)
+        mean = torch.as_tensor(self.mean, dtype=torch.float64).expand(self.shape)
         if self.std == 0:
             return mean.to(device=device, dtype=dtype, copy=True).contiguous()
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -129,6 +140,7 @@ def weight_table(config: ModelConfig) -> Any:
         layers=(layer,) * config.num_layers,
         norm=_norm(config),
         lm_head=() if config.tie_embeddings else Linear(matrix),  # type: ignore[arg-type]
+        head_mhc=_mhc_head(config),
     )
 
 
@@ -167,18 +179,38 @@ def _norm(config: ModelConfig) -> RMSNorm:
 def _mhc(config: ModelConfig) -> MHCParams | tuple[()]:
     if not config.mhc_enabled:
         return ()
-    n = config.mhc_flows
-    size = 2 * n + n * n
-    # Sinkhorn of k·identity has diagonal e^k / (e^k + n - 1): solved for k.
-    k = math.log(RES_DIAGONAL_INIT / (1 - RES_DIAGONAL_INIT) * (n - 1)) if n > 1 else 0.0
-    res = tuple(k if i == j else 0.0 for i in range(n) for j in range(n))
-    # sigmoid(b) = 1/n: equal streams are averaged, so that with alpha = 0 this is the plain transformer exactly.
-    # Any other sum of `pre` scales the input of the pre-norm, which hides a scale only up to its eps.
-    pre = (-math.log(n - 1) if n > 1 else 0.0,) * n
+    n, projection = config.mhc_flows, PROJECTIONS[config.projection]
+    size = 2 * n + projection.raw_size(n)
     return MHCParams(
         phi=WeightSpec((n * config.hidden_dim, size), std=INIT_STD, decay=True, fp32=True),  # type: ignore[arg-type]
-        alpha=WeightSpec((3,), mean=ALPHA_INIT, fp32=True),  # type: ignore[arg-type]
-        bias=WeightSpec((size,), mean=pre + (0.0,) * n + res, fp32=True),  # type: ignore[arg-type]
+        alpha=WeightSpec((3,), mean=PRESETS[config.mhc_preset].alpha, fp32=True),  # type: ignore[arg-type]
+        bias=WeightSpec((size,), mean=_gates(config) + projection.near_identity(n), fp32=True),  # type: ignore[arg-type]
+    )
+
+
+def _gates(config: ModelConfig) -> tuple[float, ...]:
+    """Biases with which `pre` is 1/n and `post` 1: equal streams are averaged, so that with alpha = 0 this is the
+    plain transformer exactly. Any other sum of `pre` scales the input of the pre-norm, which hides a scale only up
+    to its eps."""
+    n = config.mhc_flows
+    if PRESETS[config.mhc_preset].gates == "tanh":
+        return (1 / n,) * n + (1.0,) * n
+    return _averaging(n) + (0.0,) * n
+
+
+def _averaging(n: int) -> tuple[float, ...]:
+    """The number whose sigmoid is 1/n, n times."""
+    return (-math.log(n - 1) if n > 1 else 0.0,) * n
+
+
+def _mhc_head(config: ModelConfig) -> MHCHead | tuple[()]:
+    preset, n = PRESETS[config.mhc_preset], config.mhc_flows
+    if not config.mhc_enabled or preset.collapse != "learned":
+        return ()
+    return MHCHead(
+        phi=WeightSpec((n * config.hidden_dim, n), std=INIT_STD, decay=True, fp32=True),  # type: ignore[arg-type]
+        alpha=WeightSpec((1,), mean=preset.alpha, fp32=True),  # type: ignore[arg-type]
+        bias=WeightSpec((n,), mean=_averaging(n), fp32=True),  # type: ignore[arg-type]
     )
 
 

@@ -28,9 +28,11 @@ def between(low: float, high: float, default: Any) -> Any:
     return _ruled(default, f"a number from {low} to {high}", lambda x: low <= x <= high)
 
 
-def one_of(*allowed: str, later: Iterable[str] = ()) -> Any:
-    """A field of names, the first one the default; `later` are known names that this version does not have yet."""
-    return dataclasses.field(default=allowed[0], metadata={"names": allowed, "later": tuple(later)})
+def one_of(*allowed: str, later: Iterable[str] = (), optional: bool = False) -> Any:
+    """A field of names, the default being the first one, or None where it is optional; `later` are known names that
+    this version does not have yet."""
+    default = None if optional else allowed[0]
+    return dataclasses.field(default=default, metadata={"names": allowed, "later": tuple(later)})
 
 
 def section(cls: type[T]) -> T:

@@ -47,7 +47,11 @@ def test_replace_derives_sizes_anew_unless_they_were_chosen():
         (dict(norm_eps=float("nan")), ["norm_eps=nan"]),
         (dict(rope_theta=-1), ["rope_theta=-1", "above 0"]),
         (dict(mhc_preset="papper"), ["mhc_preset='papper'", "did you mean 'paper'"]),
-        (dict(mhc_preset="hc"), ["mhc_preset='hc'", "not in this version"]),
+        (dict(mhc_preset="hc", mhc_projection="sinkhorn"), ["mhc_projection='sinkhorn'", "'hc'", "unconstrained"]),
+        (dict(mhc_projection="unconstrained"), ["mhc_preset='hc'"]),
+        (dict(mhc_projection="kroneker"), ["did you mean 'kronecker'"]),
+        (dict(mhc_preset="lite", mhc_flows=5), ["mhc_flows=5", "permutations needs from 1 to 4"]),
+        (dict(mhc_projection="kronecker", mhc_flows=6), ["mhc_flows=6", "power of 2"]),
         (dict(tie_embeddings="yes"), ["tie_embeddings='yes'", "true or false"]),
     ],
 )

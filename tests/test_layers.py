@@ -11,7 +11,7 @@ import rlm_mhc
 
 ROOT = Path(rlm_mhc.__file__).parent
 LAYERS = [
-    ("validation",),
+    ("validation", "variants"),
     ("types", "config"),
     ("tree", "params"),
     ("fn",),
@@ -19,7 +19,7 @@ LAYERS = [
     ("program",),
     ("parallel",),
     ("data",),
-    ("checkpoint",),
+    ("checkpoint", "convert"),
     ("train",),
     ("model",),
     ("rlm",),

@@ -7,10 +7,12 @@ from rlm_mhc.fn.attention import causal_attention, self_attention
 from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
 from rlm_mhc.fn.gain import composite_gain
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.lm import Backbone, backbone, embed, forward, head, positions
+from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
 from rlm_mhc.fn.mhc import (
+    EarlyPre,
     MHCMappings,
+    collapse_learned,
     collapse_streams,
     expand_streams,
     mhc_aggregate,
@@ -20,11 +22,12 @@ from rlm_mhc.fn.mhc import (
 from rlm_mhc.fn.mlp import swiglu
 from rlm_mhc.fn.norm import rms_norm, widen
 from rlm_mhc.fn.optim import AdamWState, adamw, adamw_init, clip_by_global_norm, global_norm
+from rlm_mhc.fn.projections import project
 from rlm_mhc.fn.rope import rotary_embedding, rotary_table
 from rlm_mhc.fn.sample import sample_token
 from rlm_mhc.fn.schedule import cosine_schedule
-from rlm_mhc.fn.sinkhorn import sinkhorn_knopp
-from rlm_mhc.params import LMParams, MHCParams, cast, count, decay_mask, init, names
+from rlm_mhc.fn.sinkhorn import sinkhorn_implicit, sinkhorn_knopp
+from rlm_mhc.params import LMParams, MHCHead, MHCParams, cast, count, decay_mask, init, names
 
 __all__ = [
     "REFERENCE",
@@ -32,8 +35,10 @@ __all__ = [
     "Backbone",
     "Batch",
     "BlockOutput",
+    "EarlyPre",
     "Kernels",
     "LMParams",
+    "MHCHead",
     "MHCMappings",
     "MHCParams",
     "adamw",
@@ -43,6 +48,8 @@ __all__ = [
     "cast",
     "causal_attention",
     "clip_by_global_norm",
+    "collapse",
+    "collapse_learned",
     "collapse_streams",
     "composite_gain",
     "cosine_schedule",
@@ -50,6 +57,7 @@ __all__ = [
     "count_targets",
     "decay_mask",
     "embed",
+    "enter",
     "expand_streams",
     "forward",
     "global_norm",
@@ -62,11 +70,13 @@ __all__ = [
     "mhc_mappings",
     "names",
     "positions",
+    "project",
     "rms_norm",
     "rotary_embedding",
     "rotary_table",
     "sample_token",
     "self_attention",
+    "sinkhorn_implicit",
     "sinkhorn_knopp",
     "swiglu",
     "token_loss_sum",

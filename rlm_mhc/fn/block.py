@@ -10,27 +10,29 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.attention import self_attention
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.params import Layer, MHCParams
 from rlm_mhc.types import RotaryTable
 
 
 class BlockOutput(NamedTuple):
-    """`hidden`: the streams `[*b, s, n, c]` after the block (without mHC `[*b, s, c]`); `res`: the residual
+    """`hidden`: what came out of the block, of the form of what went in; `res`: the residual
     mappings of its attention and MLP, each `[*b, s, n, n]` (without mHC none)."""
 
-    hidden: Tensor
+    hidden: Any
     res: tuple[Tensor, ...]
 
 
 def block(
     params: Layer,
-    hidden: Tensor,
+    hidden: Any,
     cos: RotaryTable,
     sin: RotaryTable,
     config: ModelConfig,
     kernels: Kernels = REFERENCE,
 ) -> BlockOutput:
-    """Pre-norm attention, then pre-norm SwiGLU, around streams `[*b, s, n, c]` (without mHC `[*b, s, c]`).
+    """Pre-norm attention, then pre-norm SwiGLU, around streams `[*b, s, n, c]` (without mHC `[*b, s, c]`; with the
+    preset `single_pass` an `EarlyPre`).
 
     >>> import torch; from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
@@ -58,11 +60,11 @@ def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
 
 def hyper_connection(
     params: MHCParams | tuple[()],
-    hidden: Tensor,
+    hidden: Any,
     branch: Callable[[Tensor], Tensor],
     config: ModelConfig,
     kernels: Kernels = REFERENCE,
-) -> tuple[Tensor, tuple[Any, ...]]:
+) -> tuple[Any, tuple[Any, ...]]:
     """A sub-layer inside its hyper-connection, and the `res` it used; for `params=()` the residual `x + branch(x)`.
 
     >>> import torch
@@ -71,6 +73,8 @@ def hyper_connection(
     """
     if not isinstance(params, MHCParams):
         return hidden + branch(hidden), ()
-    pre, post, res = kernels.mhc_mappings(params, hidden, num_iters=config.mhc_sinkhorn_iters, eps=config.norm_eps)
-    output = branch(kernels.mhc_aggregate(hidden, pre))
-    return kernels.mhc_combine(hidden, output, post, res), (res,)
+    streams, early = hidden if isinstance(hidden, EarlyPre) else (hidden, None)
+    pre, post, res = kernels.mhc_mappings(params, streams, **config.mhc_options)
+    output = branch(kernels.mhc_aggregate(streams, pre if early is None else early))
+    mixed = kernels.mhc_combine(streams, output, post, res)
+    return mixed if early is None else EarlyPre(mixed, pre), (res,)

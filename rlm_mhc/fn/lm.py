@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +10,19 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.mhc import collapse_streams, expand_streams
+from rlm_mhc.fn.mhc import EarlyPre, collapse_learned, collapse_streams, expand_streams
+from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import LMParams
-from rlm_mhc.types import Logits, RotaryTable, Tokens
+from rlm_mhc.types import Hidden, Logits, RotaryTable, Tokens
+from rlm_mhc.variants import PRESETS
 
 
 class Backbone(NamedTuple):
-    """What the blocks give: streams `[*b, s, n, c]` (without mHC `[*b, s, c]`) and, in the order in which the
-    sub-layers run, their residual mappings, each `[*b, s, n, n]`."""
+    """What the blocks give: streams `[*b, s, n, c]` (without mHC `[*b, s, c]`; with the preset `single_pass` an
+    `EarlyPre`) and, in the order in which the sub-layers run, their residual mappings, each `[*b, s, n, n]`."""
 
-    hidden: Tensor
+    hidden: Any
     res: tuple[Tensor, ...]
 
 
@@ -67,11 +69,22 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
     return rotary_table(torch.arange(length, device=tokens.device), config.head_width, config.rope_theta)
 
 
-def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Tensor:
-    """The embedding of each token, repeated as `mhc_flows` equal streams where mHC is on; see `require_kind`."""
+def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Any:
+    """The embedding of each token as the blocks take it; see `enter` and `require_kind`."""
     require_kind(params, config)
-    x = F.embedding(tokens, params.embed_tokens.weight)
-    return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
+    return enter(F.embedding(tokens, params.embed_tokens.weight), config)
+
+
+def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Any:
+    """`x` repeated as `mhc_flows` equal streams; where `pre` comes early, with the first one, which reads stream 0."""
+    if not config.mhc_enabled:
+        return x
+    streams = expand_streams(x, config.mhc_flows)
+    if not PRESETS[config.mhc_preset].early_pre:
+        return streams
+    first = F.one_hot(torch.zeros((), dtype=torch.int64, device=x.device), config.mhc_flows)
+    pre = first.to(widen(x[..., :0]).dtype).expand(streams.shape[:-1])
+    return EarlyPre(streams, pre.contiguous())
 
 
 def require_kind(params: LMParams, config: ModelConfig) -> None:
@@ -82,11 +95,24 @@ def require_kind(params: LMParams, config: ModelConfig) -> None:
     """
     if params.layers and bool(params.layers[0].attn_mhc) != config.mhc_enabled:
         raise ValueError(f"mhc_enabled={config.mhc_enabled}: the parameters are those of the opposite")
+    learned = config.mhc_enabled and PRESETS[config.mhc_preset].collapse == "learned"
+    if params.layers and bool(params.head_mhc) != learned:
+        raise ValueError(f"mhc_preset={config.mhc_preset!r}: the parameters are those of another preset")
 
 
-def head(params: LMParams, hidden: Tensor, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
-    """Average the streams, normalise, project onto the vocabulary (the embedding itself when tied)."""
-    x: Float[Tensor, "*b s c"] = collapse_streams(hidden) if config.mhc_enabled else hidden
-    x = kernels.rms_norm(x, params.norm.weight, config.norm_eps)
+def head(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
+    """Collapse the streams, normalise, project onto the vocabulary (the embedding itself when tied)."""
+    x = kernels.rms_norm(collapse(params, hidden, config, kernels), params.norm.weight, config.norm_eps)
     weight = params.lm_head.weight if params.lm_head else params.embed_tokens.weight
     return F.linear(x, weight)
+
+
+def collapse(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Hidden:
+    """The streams as one: their mean, their learned sum, or by the last sub-layer's `pre`, as the preset has it."""
+    if not config.mhc_enabled:
+        return hidden
+    if isinstance(hidden, EarlyPre):
+        return kernels.mhc_aggregate(*hidden)
+    if params.head_mhc:
+        return collapse_learned(params.head_mhc, hidden, eps=config.norm_eps, preset=config.mhc_preset)
+    return collapse_streams(hidden)

@@ -9,7 +9,6 @@ One sub-layer `F` (attention or MLP, with its pre-norm) on streams `x: [*b, n, c
 `res[i, j]` maps input stream j to output stream i and is applied as it stands, never transposed.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -17,34 +16,58 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
-from rlm_mhc.fn.sinkhorn import sinkhorn_knopp
-from rlm_mhc.params import MHCParams
+from rlm_mhc.fn.projections import project
+from rlm_mhc.params import MHCHead, MHCParams
 from rlm_mhc.types import Hidden, PerStream, StreamMatrix, Streams
+from rlm_mhc.variants import PRESETS, PROJECTIONS
 
 
 class MHCMappings(NamedTuple):
-    """`pre: [*b, n]` in (0, 1), `post: [*b, n]` in (0, 2), `res: [*b, n, n]` doubly stochastic; fp32 or wider."""
+    """`pre: [*b, n]` in (0, 1), `post: [*b, n]` in (0, 2), `res: [*b, n, n]` doubly stochastic; fp32 or wider.
+
+    With the preset `hc` all three are unconstrained.
+    """
 
     pre: Tensor
     post: Tensor
     res: Tensor
 
 
-def mhc_mappings(params: MHCParams, streams: Streams, *, num_iters: int = 20, eps: float = 1e-6) -> MHCMappings:
+class EarlyPre(NamedTuple):
+    """Between sub-layers where `pre` comes early: `streams [*b, n, c]`, and `pre [*b, n]` for the next one."""
+
+    streams: Tensor
+    pre: Tensor
+
+
+def mhc_mappings(
+    params: MHCParams,
+    streams: Streams,
+    *,
+    num_iters: int = 20,
+    eps: float = 1e-6,
+    preset: str = "paper",
+    projection: str | None = None,
+) -> MHCMappings:
     """The three mappings of one sub-layer, a function of each token's own streams.
 
     `h = alpha · (v · phi) / sqrt(mean(v²) + eps) + bias` with `v` the streams flattened to `n·c`, split into
-    pre `n` | post `n` | res `n²` (row-major); `pre = sigmoid`, `post = 2·sigmoid`, `res = sinkhorn_knopp`.
+    pre `n` | post `n` | res `k`; `pre = sigmoid(h)`, `post = 2·sigmoid(h)`, `res = project(h)`. Of the preset `paper`
+    `res = sinkhorn_knopp(h)`, `h` being row-major. `deepseek_v4` and `single_pass` add 1e-6 to `pre` and in every
+    sum of Sinkhorn; of `single_pass` this `pre` is for the next sub-layer. `hc` has
+    `h = alpha · tanh((v · phi) / …) + bias`, and `pre`, `post`, `res` are `h`.
     All of it is computed in fp32 (fp64 stays fp64), whatever the dtype of the streams.
 
     Args:
-        params: `phi [n·c, 2n+n²]`, `alpha [3]`, `bias [2n+n²]`.
+        params: `phi [n·c, 2n+k]`, `alpha [3]`, `bias [2n+k]`.
         streams: `[*b, n, c]`.
         num_iters: Sinkhorn iterations.
         eps: added to the mean square.
+        preset: a row of `rlm_mhc.variants.PRESETS`.
+        projection: see `fn.project`; None: that of the preset.
 
     Raises:
-        ValueError: when `phi` does not fit the streams.
+        ValueError: when `phi` does not fit the streams, or on an unknown name.
 
     >>> import torch; from rlm_mhc import fn, ModelConfig
     >>> layer = fn.init(ModelConfig.preset("tiny")).layers[0]
@@ -52,31 +75,45 @@ def mhc_mappings(params: MHCParams, streams: Streams, *, num_iters: int = 20, ep
     torch.Size([2, 5, 4, 4])
     """
     n, c = streams.shape[-2:]
-    if params.phi.shape != (n * c, 2 * n + n * n):
-        needed = (n * c, 2 * n + n * n)
-        raise ValueError(f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need [n·c, 2n+n²] = {needed}")
-    raw = _project(streams.flatten(-2), params.phi, eps)
-    pre, post, logits = activate(raw, params.alpha, params.bias)
-    return MHCMappings(pre, post, sinkhorn_knopp(logits, num_iters=num_iters))
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
+    row = PRESETS[preset]
+    projection = projection or row.projection
+    size = 2 * n + PROJECTIONS[projection].raw_size(n) if projection in PROJECTIONS else params.phi.shape[-1]
+    if params.phi.shape != (n * c, size):
+        form = "[n·c, 2n+n²]" if size == 2 * n + n * n else f"[n·c, 2n+k] with the k of {projection}"
+        raise ValueError(f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need {form} = {(n * c, size)}")
+    with torch.autocast(streams.device.type, enabled=False):
+        h = _project(streams.flatten(-2), params.phi, eps)
+        pre, post, raw = activate(h, params.alpha, params.bias, n, preset)
+        return MHCMappings(pre, post, project(raw, n, projection, num_iters=num_iters, eps=row.eps))
 
 
 def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: float) -> Float[Tensor, "*b m"]:
     wide = widen(flat)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    with torch.autocast(flat.device.type, enabled=False):
-        # Dividing after the product is the same, and a kernel needs only one pass over the streams for it.
-        return scale * (wide @ phi.to(wide.dtype))
+    # Dividing after the product is the same, and a kernel needs only one pass over the streams for it.
+    return scale * (wide @ phi.to(wide.dtype))
 
 
 def activate(
-    raw: Float[Tensor, "*b m"], alpha: Float[Tensor, " 3"], bias: Float[Tensor, " m"]
-) -> tuple[PerStream, PerStream, StreamMatrix]:
-    """From `v · phi / rms(v)` to `pre`, `post` and the logits of `res`; see `mhc_mappings`."""
-    n = math.isqrt(1 + raw.shape[-1]) - 1
-    sizes = [n, n, n * n]
-    parts = zip(alpha.unbind(), raw.split(sizes, -1), bias.split(sizes), strict=True)
-    pre, post, res = [a * x + b for a, x, b in parts]
-    return torch.sigmoid(pre), 2 * torch.sigmoid(post), res.unflatten(-1, (n, n))
+    h: Float[Tensor, "*b m"],
+    alpha: Float[Tensor, " 3"],
+    bias: Float[Tensor, " m"],
+    n: int,
+    preset: str = "paper",
+) -> tuple[PerStream, PerStream, Float[Tensor, "*b k"]]:
+    """From `v · phi / rms(v)` to `pre`, `post` and the raw numbers of `res`; see `mhc_mappings`."""
+    row = PRESETS[preset]
+    if row.gates == "tanh":
+        h = torch.tanh(h)
+    sizes = [n, n, h.shape[-1] - 2 * n]
+    parts = zip(alpha.unbind(), h.split(sizes, -1), bias.split(sizes), strict=True)
+    pre, post, raw = [a * x + b for a, x, b in parts]
+    if row.gates == "tanh":
+        return pre, post, raw
+    pre = torch.sigmoid(pre)
+    return pre + row.eps if row.eps else pre, 2 * torch.sigmoid(post), raw
 
 
 def mhc_aggregate(streams: Streams, pre: PerStream) -> Hidden:
@@ -121,3 +158,17 @@ def collapse_streams(streams: Streams) -> Hidden:
     tensor([2.])
     """
     return widen(streams).mean(-2).to(streams.dtype)
+
+
+def collapse_learned(params: MHCHead, streams: Streams, *, eps: float = 1e-6, preset: str = "deepseek_v4") -> Hidden:
+    """`Σ_j w[j] · streams[j]`, `w = sigmoid(alpha · (v · phi) / sqrt(mean(v²) + eps) + bias)` plus the preset's eps.
+
+    Source: transformers' DeepseekV4HyperHead.
+
+    >>> head = MHCHead(torch.zeros(2, 2), torch.ones(1), torch.zeros(2))
+    >>> collapse_learned(head, torch.tensor([[1.0], [3.0]]))
+    tensor([2.0000])
+    """
+    with torch.autocast(streams.device.type, enabled=False):
+        h = _project(streams.flatten(-2), params.phi, eps)
+        return mhc_aggregate(streams, torch.sigmoid(params.alpha * h + params.bias) + PRESETS[preset].eps)

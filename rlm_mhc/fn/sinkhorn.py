@@ -1,24 +1,45 @@
-"""Sinkhorn-Knopp: from any logits to a doubly stochastic matrix."""
+"""Sinkhorn-Knopp: from any logits to a doubly stochastic matrix, with the gradient of its finite iteration."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.types import StreamMatrix
 
+# Of the outcomes that a backward computes again, those of so many matrices exist at once: at most `TAPE` times the
+# logits altogether, or `FEWEST` matrices.
+TAPE, FEWEST = 4, 256
 
-def sinkhorn_knopp(logits: StreamMatrix, *, num_iters: int = 20) -> StreamMatrix:
+
+def sinkhorn_knopp(
+    logits: StreamMatrix, *, num_iters: int = 20, tolerance: float | None = None, eps: float = 0.0
+) -> StreamMatrix:
     """Start from `exp(logits)`, then `num_iters` times: divide columns by their sums, then rows by theirs.
 
     Rows come last, so row sums are 1 to rounding; what the iteration leaves over is in the column sums.
     It runs on logarithms, hence the result and its gradient are finite for any finite logits. Logits beyond a
     quarter of the largest number of their dtype count as that quarter.
 
+    The gradient is that of these iterations, not of their limit. It keeps the logits alone and computes the iterates
+    again, so that memory does not grow with `num_iters`; `vmap`, `jvp` and second derivatives work as of any
+    function. Under `torch.compile` the compiler sees the plain loop and decides itself what to keep.
+
     Args:
         logits: `[*b, n, n]`, any float dtype; any `n ≥ 1`, any batch shape, also empty.
-        num_iters: pairs of normalisations, `≥ 1`.
+        num_iters: pairs of normalisations, `≥ 1`; with a tolerance the most there may be.
+        tolerance: stop as soon as all column sums of all matrices are so near to 1. How many iterations that takes
+            depends on the data, so neither `vmap` nor `torch.compile` takes it.
+        eps: added to the entries after the first columns and to every sum after that, as DeepSeek-V4 does; row sums
+            are then 1 up to about `eps`.
 
     Returns:
         `[*b, n, n]`, fp32 (fp64 for fp64 logits), non-negative.
+
+    Raises:
+        ValueError: on fewer than one iteration, or a negative `eps` or `tolerance`.
 
     Source: arXiv 2512.24880, section 4.2; Sinkhorn & Knopp, 1967.
 
@@ -27,11 +48,173 @@ def sinkhorn_knopp(logits: StreamMatrix, *, num_iters: int = 20) -> StreamMatrix
     """
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: expected at least 1")
+    if eps < 0 or (tolerance is not None and tolerance < 0):
+        raise ValueError(f"eps={eps}, tolerance={tolerance}: expected no negative number")
     wide = widen(logits)
-    limit = torch.finfo(wide.dtype).max / 4
-    # The tiny axes go first: normalising over them is then a few vectorised operations along the batch.
-    log = wide.clamp(-limit, limit).movedim((-2, -1), (0, 1)).contiguous()
+    if tolerance is not None:
+        num_iters = _iterations_until(wide.detach(), tolerance, num_iters, eps)
+    if torch.compiler.is_compiling():
+        return _tokens_first(_iterate(_tokens_last(wide), num_iters, eps))
+    return _Sinkhorn.apply(wide, num_iters, eps)
+
+
+def sinkhorn_implicit(logits: StreamMatrix, *, num_iters: int = 100) -> StreamMatrix:
+    """`sinkhorn_knopp(logits)` with the gradient of its limit, by implicit differentiation.
+
+    At the limit `P`, with `G = cotangent · P`, the cotangent of the logits is `G - P · (u 1ᵀ + 1 vᵀ)` where
+    `u + P v` and `Pᵀ u + v` are the row and column sums of `G`. It costs one solve of size n whatever `num_iters`.
+
+    **Its error**: the result is taken for the limit. Where the columns are off by δ, the gradient differs from that
+    of the limit by about `δ · |cotangent| / (1 - σ)²`, σ the second singular value of `P`. That vanishes with enough
+    iterations, and is large where `P` is near a permutation (σ near 1) and the iteration has not converged: there
+    use `sinkhorn_knopp`, whose gradient is exact for any number of iterations.
+
+    Args:
+        logits: as in `sinkhorn_knopp`.
+        num_iters: pairs of normalisations.
+
+    Source: Luise et al., arXiv 1805.11897.
+
+    >>> sinkhorn_implicit(torch.zeros(2, 2))
+    tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]])
+    """
+    if num_iters < 1:
+        raise ValueError(f"num_iters={num_iters}: expected at least 1")
+    return _AtTheLimit.apply(widen(logits), num_iters)
+
+
+def _tokens_last(x: Tensor) -> Tensor:
+    """`[*b, n, n]` to `[n, n, *b]`: normalising over tiny leading axes is a few vectorised operations."""
+    return x.movedim((-2, -1), (0, 1)).contiguous()
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    return x.movedim((0, 1), (-2, -1))
+
+
+def _outcomes(logits: Tensor, num_iters: int, eps: float) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+    """Each normalisation of `logits [n, n, *b]`: its result, its axis, and where `eps` was added to it, the sum."""
+    limit = torch.finfo(logits.dtype).max / 4
+    log = logits.clamp(-limit, limit)
+    if not eps:
+        for _ in range(num_iters):
+            for axis in (0, 1):
+                log = torch.log_softmax(log, dim=axis)
+                yield log.exp(), axis, None
+        return
+    start = torch.softmax(log, dim=0)
+    m = start + eps
+    yield start, 0, m
+    for number in range(2 * num_iters - 1):
+        axis = (number + 1) % 2
+        m = m / (m.sum(axis, keepdim=True) + eps)
+        yield m, axis, None
+
+
+def _iterate(logits: Tensor, num_iters: int, eps: float) -> Tensor:
+    """The last of the outcomes, without the numbers of those before it where logarithms suffice."""
+    if eps:
+        *_, (m, _, _) = _outcomes(logits, num_iters, eps)
+        return m
+    limit = torch.finfo(logits.dtype).max / 4
+    log = logits.clamp(-limit, limit)
     for _ in range(num_iters):
-        log = torch.log_softmax(log, dim=0)
-        log = torch.log_softmax(log, dim=1)
-    return log.exp().movedim((0, 1), (-2, -1))
+        log = torch.log_softmax(torch.log_softmax(log, dim=0), dim=1)
+    return log.exp()
+
+
+def _iterations_until(logits: Tensor, tolerance: float, most: int, eps: float) -> int:
+    after_rows = (m for m, axis, _ in _outcomes(_tokens_last(logits), most, eps) if axis == 1)
+    for number, m in enumerate(after_rows, 1):
+        if not m.numel() or (m.sum(0) - 1).abs().max() <= tolerance:
+            return number
+    return most
+
+
+def _pull(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> Tensor:
+    """The cotangent of `logits [n, n, tokens]`: `g ← g - m · Σ g` for each outcome `m` along its axis, from the last.
+
+    `g` begins as `cotangent · m`, the cotangent of the last logarithm.
+    """
+    tape = list(_outcomes(logits, num_iters, eps))
+    g = cotangent * tape[-1][0]
+    for m, axis, shifted in reversed(tape):
+        if shifted is not None:
+            g = g * (m / shifted)
+        g = g - m * g.sum(axis, keepdim=True)
+    return _within_limits(logits, g)
+
+
+def _within_limits(logits: Tensor, g: Tensor) -> Tensor:
+    return torch.where(logits.abs() <= torch.finfo(logits.dtype).max / 4, g, 0.0)
+
+
+class _Sinkhorn(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, num_iters: int, eps: float) -> Tensor:
+        return _tokens_first(_iterate(_tokens_last(logits), num_iters, eps))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, ctx.num_iters, ctx.eps = inputs
+        ctx.save_for_backward(logits)
+        ctx.save_for_forward(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        n = logits.shape[-1]
+        tokens = logits.numel() // (n * n)
+        flat = (_tokens_last(x).reshape(n, n, tokens) for x in (logits, cotangents[0]))
+        size = max(FEWEST, TAPE * tokens // (2 * ctx.num_iters))
+        pieces = zip(*(x.split(size, -1) for x in flat), strict=True)
+        g = torch.cat([_pull(x, g, ctx.num_iters, ctx.eps) for x, g in pieces], -1)
+        return _tokens_first(g.reshape(n, n, *logits.shape[:-2])), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        logits = _tokens_last(ctx.saved_tensors[0])
+        t = _within_limits(logits, _tokens_last(tangent))
+        for m, axis, shifted in _outcomes(logits, ctx.num_iters, ctx.eps):
+            t = t - (m * t).sum(axis, keepdim=True)
+            if shifted is not None:
+                t = t * (m / shifted)
+        return _tokens_first(m * t)
+
+
+class _AtTheLimit(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, num_iters: int) -> Tensor:
+        return _tokens_first(_iterate(_tokens_last(logits), num_iters, 0.0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        logits, p = ctx.saved_tensors
+        return _within_limits(logits, _without_sums(p, cotangents[0] * p)), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        logits, p = ctx.saved_tensors
+        return _without_sums(p, p * _within_limits(logits, tangent))
+
+
+def _without_sums(p: Tensor, g: Tensor) -> Tensor:
+    """`g - p · (u 1ᵀ + 1 vᵀ)` with the `u`, `v` that leave no row or column sum; it is its own transpose."""
+    rows, columns = g.sum(-1, keepdim=True), g.sum(-2).unsqueeze(-1)
+    n = p.shape[-1]
+    # u and v are known up to a constant between them: 11ᵀ/n fixes it. The rest is for a permutation, where pᵀp = 1.
+    ridge = 4 * n * torch.finfo(p.dtype).eps
+    identity = torch.eye(n, dtype=p.dtype, device=p.device)
+    v = torch.linalg.solve(identity * (1 + ridge) + 1 / n - p.mT @ p, columns - p.mT @ rows)
+    u = rows - p @ v
+    return g - p * (u + v.mT)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
-from rlm_mhc.fn.lm import head
+from rlm_mhc.fn.lm import enter, head
 from rlm_mhc.fn.loss import token_loss_sum
-from rlm_mhc.fn.mhc import expand_streams
 from rlm_mhc.fn.norm import widen
-from rlm_mhc.params import Embedding, Linear, LMParams, RMSNorm
+from rlm_mhc.params import Embedding, Linear, LMParams, MHCHead, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
 from rlm_mhc.program.stage import Weights, recompute
+from rlm_mhc.tree import tree_map
 
 SAMPLED_TOKENS = 64
 Announce = Callable[[int, int, str], object]
@@ -26,7 +26,8 @@ Announce = Callable[[int, int, str], object]
 class Functions(NamedTuple):
     """`embed(matrix, tokens) -> hidden`;
     `forward(weights, hidden) -> (hidden, kept, sampled res of each site)`;
-    `head(norm, matrix, hidden, targets, scale) -> (loss, gradients of norm and matrix, cotangent)`, of one chunk;
+    `head(top, hidden, targets, scale) -> (loss, gradients of top, cotangent)`, of one chunk, `top` being the weights
+    `(norm, matrix, *head_mhc)`;
     `backward(weights, hidden, kept, cotangent) -> (gradients, cotangent)`;
     `replay(hidden, kept) -> hidden`, the streams after a block again."""
 
@@ -75,36 +76,36 @@ def make_functions(
     keeping = block_stage(config, kernels, keep_streams=remat != "mhc")
     block = recompute(keeping) if remat == "full" else keeping
 
-    def embed(matrix: Tensor, tokens: Tensor) -> Tensor:
-        x = torch.nn.functional.embedding(tokens, matrix)
-        return expand_streams(x, config.mhc_flows) if config.mhc_enabled else x
+    def embed(matrix: Tensor, tokens: Tensor) -> Any:
+        return enter(torch.nn.functional.embedding(tokens, matrix), config)
 
-    def forward(weights: Weights, hidden: Tensor) -> tuple[Tensor, Any, list[Tensor]]:
+    def forward(weights: Weights, hidden: Any) -> tuple[Any, Any, list[Tensor]]:
         hidden, kept = keeping.forward(weights, hidden)
         res = [_sample(matrices) for matrices in residual_mappings(kept, config)]
-        return hidden.contiguous(), () if remat == "full" else kept, res
+        return _contiguous(hidden), () if remat == "full" else kept, res
 
-    def backward(weights: Weights, hidden: Tensor, kept: Any, cotangent: Tensor) -> tuple[Any, Tensor]:
+    def backward(weights: Weights, hidden: Any, kept: Any, cotangent: Any) -> tuple[Any, Any]:
         grads, cotangent = block.backward(weights, hidden, kept, cotangent)
         parts = tuple(widen(grads[name]) for name in weights if name in grads)
         if flat:
             parts = (torch.cat([part.reshape(-1) for part in parts]),)
-        return parts, cotangent.contiguous()
+        return parts, _contiguous(cotangent)
 
     def head_chunk(
-        norm: Tensor, matrix: Tensor, hidden: Tensor, targets: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        def loss(norm: Tensor, matrix: Tensor, hidden: Tensor) -> Tensor:
-            top = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix))
-            return scale * token_loss_sum(head(top, hidden, config, kernels), targets)
+        top: tuple[Tensor, ...], hidden: Any, targets: Tensor, scale: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+        def loss(top: tuple[Tensor, ...], hidden: Any) -> Tensor:
+            norm, matrix, *of_head = top
+            head_mhc = MHCHead(*of_head) if of_head else ()
+            params = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix), head_mhc)
+            return scale * token_loss_sum(head(params, hidden, config, kernels), targets)
 
-        grads, value = torch.func.grad_and_value(loss, argnums=(0, 1, 2))(norm, matrix, hidden)
-        g_norm, g_matrix, g_hidden = grads
-        return value, g_norm, g_matrix, g_hidden.contiguous()
+        (g_top, g_hidden), value = torch.func.grad_and_value(loss, argnums=(0, 1))(top, hidden)
+        return value, g_top, _contiguous(g_hidden)
 
-    def replay(hidden: Tensor, kept: Any) -> Tensor:
+    def replay(hidden: Any, kept: Any) -> Any:
         assert keeping.replay is not None
-        return keeping.replay(hidden, kept).contiguous()
+        return _contiguous(keeping.replay(hidden, kept))
 
     functions = Functions(embed, forward, head_chunk, backward, replay)
     if not compiled:
@@ -127,6 +128,10 @@ def stored_every(config: ModelConfig, remat: str) -> int:
     """
     n = config.mhc_flows
     return max(1, round(math.sqrt(n * config.num_layers / (n + 2)))) if remat == "mhc" else 1
+
+
+def _contiguous(hidden: Any) -> Any:
+    return tree_map(lambda x: x.contiguous(), hidden)
 
 
 def _sample(res: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlm_mhc.params import LMParams
+from rlm_mhc.tree import rebuild, tree_leaves, tree_map
 from rlm_mhc.types import IGNORED_TARGET
 
 # So many logits are alive at once: on a GPU enough for its products to be efficient, on a CPU few enough for its cache.
@@ -26,8 +27,8 @@ def chunk_tokens(tokens: int, vocab_size: int, device: str) -> int:
 
 
 def run_head(
-    head: Callable[..., Any], params: LMParams, into: LMParams, hidden: Tensor, targets: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+    head: Callable[..., Any], params: LMParams, into: LMParams, hidden: Any, targets: Tensor, scale: Tensor
+) -> tuple[Tensor, Any]:
     """`scale ·` the sum of the losses, and the cotangent of `hidden`; other gradients are added to the tree `into`.
 
     The cotangent of a sum is known before the loss is, so that a chunk's backward follows its forward at once.
@@ -36,24 +37,32 @@ def run_head(
         head: of `Functions`.
         params: the model's.
         into: gradients of what is not a layer.
-        hidden: `[b, s, …]`.
+        hidden: tensors `[b, s, …]`.
         targets: `[b, s]`.
         scale: 0-d.
     """
-    source, sink = (tree.lm_head if tree.lm_head else tree.embed_tokens for tree in (params, into))
-    rows_of, wanted_of = hidden.flatten(0, 1), targets.flatten()
-    size = chunk_tokens(len(wanted_of), len(source.weight), hidden.device.type)
+    top, sinks = (
+        (tree.norm.weight, (tree.lm_head or tree.embed_tokens).weight, *tree.head_mhc) for tree in (params, into)
+    )
+    wanted_of = targets.flatten()
+    size = chunk_tokens(len(wanted_of), len(top[1]), targets.device.type)
     losses, cotangents = [], []
-    for rows, wanted in zip(rows_of.split(size), wanted_of.split(size), strict=True):
+    for rows, wanted in zip(chunks(hidden, size), wanted_of.split(size), strict=True):
         missing = size - len(wanted)
         if missing:  # one shape for all chunks: the last one is filled with tokens that do not count
-            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+            rows = tree_map(lambda x: torch.cat([x, x.new_zeros(missing, *x.shape[1:])]), rows)  # noqa: B023
             wanted = F.pad(wanted, (0, missing), value=IGNORED_TARGET)
-        loss, g_norm, g_matrix, g_rows = head(params.norm.weight, source.weight, rows, wanted, scale)
-        into.norm.weight.add_(g_norm)
-        sink.weight.add_(g_matrix)
+        loss, grads, g_rows = head(top, rows, wanted, scale)
+        for sink, grad in zip(sinks, grads, strict=True):
+            sink.add_(grad)
         losses.append(loss)
-        cotangents.append(g_rows[: size - missing])
-        del g_norm, g_matrix, g_rows  # before the next chunk's are made
-    whole = cotangents[0] if len(cotangents) == 1 else torch.cat(cotangents)
-    return torch.stack(losses).sum(), whole.view(hidden.shape)
+        cotangents.append(tree_map(lambda g: g[: size - missing], g_rows))  # noqa: B023
+        del grads, g_rows  # before the next chunk's are made
+    whole = cotangents[0] if len(cotangents) == 1 else tree_map(lambda *parts: torch.cat(parts), *cotangents)
+    return torch.stack(losses).sum(), tree_map(lambda g, x: g.view(x.shape), whole, hidden)
+
+
+def chunks(hidden: Any, size: int) -> list[Any]:
+    """A tree of tensors `[b, s, …]` in pieces of at most `size` tokens, each a tree of `[tokens, …]`."""
+    pieces = zip(*(x.flatten(0, 1).split(size) for x in tree_leaves(hidden)), strict=True)
+    return [rebuild(hidden, iter(piece)) for piece in pieces]

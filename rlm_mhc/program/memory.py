@@ -13,7 +13,7 @@ from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import init
 from rlm_mhc.program.functions import make_functions, stored_every
 from rlm_mhc.program.head import chunk_tokens
-from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
+from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
 
 
 class Activations(NamedTuple):
@@ -54,7 +54,7 @@ def count_activations(
         hidden = run.embed(params.embed_tokens.weight, tokens)
         _, residuals, _ = run.forward(named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}, hidden)
         state, layer = _bytes(hidden), _bytes(residuals)
-    layers, wide = config.num_layers, 4 * hidden.numel()
+    layers, wide = config.num_layers, 4 * size(hidden)
     period = stored_every(config, remat)
     kept = math.ceil(layers / period) * state + (0 if remat == "full" else layers * layer)
     rebuilt = layer if remat == "full" else (period - 1) * state

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.fn.loss import Batch
+from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Functions
 from rlm_mhc.program.head import run_head
@@ -35,7 +36,7 @@ def run_microbatch(
         add: called as `add(index, gradients)` when those of a layer are complete, from the last layer to the first.
         period: of `stored_every`.
     """
-    states: dict[int, Tensor] = {}
+    states: dict[int, Any] = {}
     kept: dict[int, Any] = {}
     sampled: list[Tensor] = []
     hidden = run.embed(params.embed_tokens.weight, batch.tokens)
@@ -54,8 +55,9 @@ def run_microbatch(
         add(index, grads)
         del grads
     # A token may occur thousands of times: its rows are summed in fp32, in any precision.
-    wide = torch.promote_types(cotangent.dtype, torch.float32)
-    rows = cotangent.sum(-2, dtype=wide) if cotangent.dim() > 3 else cotangent.to(wide)
+    streams = cotangent.streams if isinstance(cotangent, EarlyPre) else cotangent
+    wide = torch.promote_types(streams.dtype, torch.float32)
+    rows = streams.sum(-2, dtype=wide) if streams.dim() > 3 else streams.to(wide)
     _add_rows(into.embed_tokens.weight, batch.tokens.flatten(), rows.flatten(0, 1))
     return loss, sampled
 

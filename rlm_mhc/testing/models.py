@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn import Batch
+from rlm_mhc.tree import tree_map
 
 T = TypeVar("T")
 # A run of the main recipe that takes a moment on a CPU; what is named after it wins.
@@ -39,6 +40,13 @@ def small_config(**changes: Any) -> ModelConfig:
     """A model of a few thousand parameters with grouped heads."""
     fields = dict(hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=61, max_seq_len=64)
     return ModelConfig(**(fields | changes))
+
+
+def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
+    """A tree with noise of that size on every weight: away from the symmetric start, gradients that should not be
+    zero are not."""
+    generator = torch.Generator().manual_seed(seed)
+    return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
 
 
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:

@@ -1,5 +1,6 @@
 """Hypothesis strategies: configs and logits. Needs the `dev` extra."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,11 +8,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.variants import PRESETS, PROJECTIONS
+
+BIRKHOFF = [name for name in PROJECTIONS if name != "unconstrained"]
 
 
 @st.composite
 def configs(draw: Any, **fixed: Any) -> ModelConfig:
-    """Small models: mHC on or off, 1 to 5 streams, grouped heads, tied or not."""
+    """Small models: mHC on or off in every variant, 1 to 5 streams, grouped heads, tied or not.
+
+    Fields given are fixed; a variant is drawn among those that fit the streams.
+    """
+    flows = fixed.get("mhc_flows") or draw(st.integers(1, 5))
+    preset = fixed.get("mhc_preset") or draw(st.sampled_from(_fitting(PRESETS, flows)))
+    chosen = None if PRESETS[preset].fixed else draw(st.sampled_from(_fitting(BIRKHOFF, flows)))
     kv_heads = draw(st.sampled_from([1, 2]))
     fields = dict(
         hidden_dim=draw(st.sampled_from([8, 12, 24])),
@@ -24,10 +34,17 @@ def configs(draw: Any, **fixed: Any) -> ModelConfig:
         max_seq_len=32,
         tie_embeddings=draw(st.booleans()),
         mhc_enabled=draw(st.booleans()),
-        mhc_flows=draw(st.integers(1, 5)),
+        mhc_flows=flows,
+        mhc_preset=preset,
+        mhc_projection=chosen,
         mhc_sinkhorn_iters=draw(st.integers(1, 6)),
     )
     return ModelConfig(**(fields | fixed))
+
+
+def _fitting(names: Iterable[str], n: int) -> list[str]:
+    """Of presets or projections those that `n` streams may have."""
+    return [name for name in names if PROJECTIONS[PRESETS[name].projection if name in PRESETS else name].fits(n)]
 
 
 @st.composite

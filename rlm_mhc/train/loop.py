@@ -16,7 +16,7 @@ from rlm_mhc.checkpoint import save_run
 from rlm_mhc.data import Position, Prepared, eval_batches, next_batch
 from rlm_mhc.parallel import Ranks, sum_over_ranks
 from rlm_mhc.params import cast
-from rlm_mhc.program.head import chunk_tokens
+from rlm_mhc.program.head import chunk_tokens, chunks
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.program.step import TrainStep
@@ -116,10 +116,10 @@ def evaluate(state: TrainState, run: RunConfig, data: Prepared, ranks: Ranks = A
         for number, batch in enumerate(eval_batches(data.evaluation, training.batch_size, training.eval_batches)):
             if number % ranks.world != ranks.rank:
                 continue
-            hidden = fn.backbone(params, batch.tokens.to(device), config).hidden.flatten(0, 1)
+            hidden = fn.backbone(params, batch.tokens.to(device), config).hidden
             targets = batch.targets.flatten().to(device)
             size = chunk_tokens(len(targets), config.vocab_size, device.type)
-            for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+            for rows, wanted in zip(chunks(hidden, size), targets.split(size), strict=True):
                 sums[0] += fn.token_loss_sum(fn.head(params, rows, config), wanted)
             sums[1] += fn.count_targets(targets)
     total, counted = sum_over_ranks(sums, ranks).tolist()

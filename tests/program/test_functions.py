@@ -49,8 +49,8 @@ def test_no_product_with_a_weight_and_no_attention_is_computed_twice(mhc, phi_fo
 def test_the_head_computes_its_product_once():
     functions, params, _, hidden = arguments_of(small_config(), "none")
     targets, scale = torch.zeros(32, dtype=torch.int64), torch.tensor(1.0)
-    matrix = params.embed_tokens.weight
-    count, _, _ = operations(functions.head, params.norm.weight, matrix, hidden.flatten(0, 1), targets, scale)
+    top = (params.norm.weight, params.embed_tokens.weight)
+    count, _, _ = operations(functions.head, top, hidden.flatten(0, 1), targets, scale)
     assert count == 3
 
 

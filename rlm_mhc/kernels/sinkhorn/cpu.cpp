@@ -39,10 +39,15 @@ inline float exp_nonpositive(float x) {
 template <typename T, int N>
 struct Sinkhorn {
     const int any_n, num_iters;
+    const T eps;
     std::vector<T> current, tape;
 
-    Sinkhorn(int n, int num_iters, bool taped)
-        : any_n(n), num_iters(num_iters), current(n * n * LANES), tape(taped ? 2 * num_iters * n * n * LANES : 0) {}
+    Sinkhorn(int n, int num_iters, T eps, bool taped)
+        : any_n(n),
+          num_iters(num_iters),
+          eps(eps),
+          current(n * n * LANES),
+          tape(taped ? 2 * num_iters * n * n * LANES : 0) {}
 
     int size() const { return N ? N : any_n; }
     T* entry(T* block, int i, int j) { return block + (i * size() + j) * LANES; }
@@ -81,6 +86,13 @@ struct Sinkhorn {
             for (std::size_t k = 0; k < current.size(); ++k) tape[k] = exp_nonpositive(current[k]);
     }
 
+    // Rows of exp + eps, where every entry is at least eps.
+    void first_rows_shifted() {
+        for (std::size_t k = 0; k < current.size(); ++k) current[k] = exp_nonpositive(current[k]) + eps;
+        normalise<true>();
+        record(1);
+    }
+
     // Rows, from logarithms to numbers: from here on every row and column has an entry of at least 1/n², so that
     // sums cannot vanish.
     void first_rows() {
@@ -107,7 +119,8 @@ struct Sinkhorn {
     void normalise() {
         const int n = size();
         for (int k = 0; k < n; ++k) {
-            T total[LANES] = {};
+            T total[LANES];
+            std::fill(total, total + LANES, eps);
             for (int m = 0; m < n; ++m) {
                 const T* x = ROWS ? entry(current.data(), k, m) : entry(current.data(), m, k);
                 for (int l = 0; l < LANES; ++l) total[l] += x[l];
@@ -122,7 +135,7 @@ struct Sinkhorn {
 
     void iterate() {
         first_columns();
-        first_rows();
+        eps > 0 ? first_rows_shifted() : first_rows();
         for (int k = 1; k < num_iters; ++k) {
             normalise<false>();
             record(2 * k);
@@ -166,6 +179,8 @@ struct Sinkhorn {
                 current[e * LANES + lane] *= lane < lanes ? cotangent[lane * n * n + e] : T(0);
         for (int step = 2 * num_iters - 1; step >= 0; --step) {
             T* m = tape.data() + step * current.size();
+            if (step == 0 && eps > 0)
+                for (std::size_t k = 0; k < current.size(); ++k) current[k] *= m[k] / (m[k] + eps);
             step % 2 ? pull<true>(current.data(), m) : pull<false>(current.data(), m);
         }
         const T limit = std::numeric_limits<T>::max() / 4;
@@ -178,8 +193,8 @@ struct Sinkhorn {
 };
 
 template <typename T, int N>
-void run_blocks(const T* logits, const T* cotangent, T* out, std::int64_t tokens, int n, int num_iters) {
-    Sinkhorn<T, N> block(n, num_iters, cotangent != nullptr);
+void run_blocks(const T* logits, const T* cotangent, T* out, std::int64_t tokens, int n, int num_iters, T eps) {
+    Sinkhorn<T, N> block(n, num_iters, eps, cotangent != nullptr);
     for (std::int64_t t = 0; t < tokens; t += LANES) {
         const int lanes = static_cast<int>(std::min<std::int64_t>(LANES, tokens - t));
         const std::int64_t at = t * n * n;
@@ -191,18 +206,20 @@ void run_blocks(const T* logits, const T* cotangent, T* out, std::int64_t tokens
 }
 
 template <typename T>
-void run(const T* logits, const T* cotangent, T* out, std::int64_t tokens, int n, int num_iters) {
+void run(const T* logits, const T* cotangent, T* out, std::int64_t tokens, int n, int num_iters, double eps) {
     const auto blocks = n == 2 ? run_blocks<T, 2> : n == 4 ? run_blocks<T, 4> : run_blocks<T, 0>;
-    blocks(logits, cotangent, out, tokens, n, num_iters);
+    blocks(logits, cotangent, out, tokens, n, num_iters, static_cast<T>(eps));
 }
 
 }  // namespace
 
 extern "C" {
-void sinkhorn_float(const float* logits, const float* cotangent, float* out, std::int64_t tokens, int n, int iters) {
-    run(logits, cotangent, out, tokens, n, iters);
+void sinkhorn_float(const float* logits, const float* cotangent, float* out, std::int64_t tokens, int n, int iters,
+                    double eps) {
+    run(logits, cotangent, out, tokens, n, iters, eps);
 }
-void sinkhorn_double(const double* logits, const double* cotangent, double* out, std::int64_t tokens, int n, int iters) {
-    run(logits, cotangent, out, tokens, n, iters);
+void sinkhorn_double(const double* logits, const double* cotangent, double* out, std::int64_t tokens, int n, int iters,
+                     double eps) {
+    run(logits, cotangent, out, tokens, n, iters, eps);
 }
 }

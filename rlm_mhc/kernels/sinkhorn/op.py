@@ -15,30 +15,30 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 NAMESPACE = "rlm_mhc"
 LARGEST_NATIVE_N, LARGEST_NATIVE_ITERS = 32, 1000
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define("sinkhorn(Tensor logits, int num_iters) -> Tensor")
-_library.define("sinkhorn_backward(Tensor logits, Tensor cotangent, int num_iters) -> Tensor")
+_library.define("sinkhorn(Tensor logits, int num_iters, float eps) -> Tensor")
+_library.define("sinkhorn_backward(Tensor logits, Tensor cotangent, int num_iters, float eps) -> Tensor")
 
 
-def sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
+def sinkhorn(logits: Tensor, num_iters: int, eps: float = 0.0) -> Tensor:
     """`fn.sinkhorn_knopp(logits)` for logits `[*b, n, n]` in fp32 or fp64.
 
     Raises:
-        ValueError: on another dtype or shape, or fewer than one iteration.
+        ValueError: on another dtype or shape, fewer than one iteration or a negative `eps`.
     """
-    _check(logits, logits, num_iters)
+    _check(logits, logits, num_iters, eps)
     # On a GPU the plain operations are traced and fused by the compiler; on a CPU that takes it most of a minute.
-    return torch.ops.rlm_mhc.sinkhorn(logits, num_iters) if logits.is_cpu else plain(logits, num_iters)
+    return torch.ops.rlm_mhc.sinkhorn(logits, num_iters, eps) if logits.is_cpu else plain(logits, num_iters, eps)
 
 
-def sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
+def sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float = 0.0) -> Tensor:
     """The cotangent of the logits, from that of the matrices, of the same shape and dtype; errors as `sinkhorn`."""
-    _check(logits, cotangent, num_iters)
+    _check(logits, cotangent, num_iters, eps)
     if not logits.is_cpu:
-        return plain_backward(logits, cotangent, num_iters)
-    return torch.ops.rlm_mhc.sinkhorn_backward(logits, cotangent, num_iters)
+        return plain_backward(logits, cotangent, num_iters, eps)
+    return torch.ops.rlm_mhc.sinkhorn_backward(logits, cotangent, num_iters, eps)
 
 
-def _check(logits: Tensor, cotangent: Tensor, num_iters: int) -> None:
+def _check(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> None:
     shape, dtype = tuple(logits.shape), logits.dtype
     if dtype not in (torch.float32, torch.float64) or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
         raise ValueError(f"logits {dtype} {list(shape)}: expected fp32 or fp64, [*b, n, n] with n of at least 1")
@@ -46,34 +46,42 @@ def _check(logits: Tensor, cotangent: Tensor, num_iters: int) -> None:
         raise ValueError(f"cotangent {cotangent.dtype} {list(cotangent.shape)}: expected that of the logits")
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: expected at least 1")
+    if eps < 0:
+        raise ValueError(f"eps={eps}: expected no negative number")
 
 
-def _first_pair(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns then rows on logarithms, tokens last: the logarithms after the columns and after the rows."""
+def _first_pair(logits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Columns then rows, tokens last: the outcome of each. On logarithms, or where every entry has `eps` added not."""
     limit = torch.finfo(logits.dtype).max / 4
     columns = logits.clamp(-limit, limit).log_softmax(0)
-    return columns, columns.log_softmax(1)
+    if not eps:
+        return columns.exp(), columns.log_softmax(1).exp_()
+    columns = columns.exp_()
+    shifted = columns + eps
+    return columns, shifted.div_(shifted.sum(1, keepdim=True) + eps)
 
 
-def _forward(logits: Tensor, num_iters: int) -> Tensor:
-    m = _first_pair(logits)[1].exp_()
+def _forward(logits: Tensor, num_iters: int, eps: float) -> Tensor:
+    m = _first_pair(logits, eps)[1]
     for _ in range(num_iters - 1):
-        m.div_(m.sum(0, keepdim=True))
-        m.div_(m.sum(1, keepdim=True))
+        m.div_(m.sum(0, keepdim=True).add_(eps))
+        m.div_(m.sum(1, keepdim=True).add_(eps))
     return m
 
 
-def _backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
-    columns, rows = _first_pair(logits)
-    m = rows.exp()
-    tape = [(columns.exp_(), 0), (m, 1)]
+def _backward(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> Tensor:
+    columns, m = _first_pair(logits, eps)
+    tape = [(m, 1)]
     for _ in range(num_iters - 1):
         for axis in (0, 1):
-            m = m / m.sum(axis, keepdim=True)
+            m = m / m.sum(axis, keepdim=True).add_(eps)
             tape.append((m, axis))
     g = cotangent * m
     for m, axis in reversed(tape):
         g.addcmul_(m, g.sum(axis, keepdim=True), value=-1)
+    if eps:
+        g.mul_(columns / (columns + eps))
+    g.addcmul_(columns, g.sum(0, keepdim=True), value=-1)
     limit = torch.finfo(logits.dtype).max / 4
     return torch.where(logits.abs() <= limit, g, 0.0)
 
@@ -86,27 +94,27 @@ def _tokens_first(x: Tensor, like: Tensor) -> Tensor:
     return x.permute(2, 0, 1).reshape(like.shape).contiguous()
 
 
-def plain(logits: Tensor, num_iters: int) -> Tensor:
+def plain(logits: Tensor, num_iters: int, eps: float = 0.0) -> Tensor:
     """`sinkhorn` by operations of PyTorch, for any device."""
-    return _tokens_first(_forward(_tokens_last(logits), num_iters), logits)
+    return _tokens_first(_forward(_tokens_last(logits), num_iters, eps), logits)
 
 
-def plain_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
+def plain_backward(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float = 0.0) -> Tensor:
     """`sinkhorn_backward` by operations of PyTorch, for any device."""
-    return _tokens_first(_backward(_tokens_last(logits), _tokens_last(cotangent), num_iters), logits)
+    return _tokens_first(_backward(_tokens_last(logits), _tokens_last(cotangent), num_iters, eps), logits)
 
 
-def _sinkhorn(logits: Tensor, num_iters: int) -> Tensor:
-    out = _native(logits, None, num_iters)
-    return plain(logits, num_iters) if out is None else out
+def _sinkhorn(logits: Tensor, num_iters: int, eps: float) -> Tensor:
+    out = _native(logits, None, num_iters, eps)
+    return plain(logits, num_iters, eps) if out is None else out
 
 
-def _sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int) -> Tensor:
-    out = _native(logits, cotangent, num_iters)
-    return plain_backward(logits, cotangent, num_iters) if out is None else out
+def _sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> Tensor:
+    out = _native(logits, cotangent, num_iters, eps)
+    return plain_backward(logits, cotangent, num_iters, eps) if out is None else out
 
 
-def _native(logits: Tensor, cotangent: Tensor | None, num_iters: int) -> Tensor | None:
+def _native(logits: Tensor, cotangent: Tensor | None, num_iters: int, eps: float) -> Tensor | None:
     n = logits.shape[-1]
     small = n <= LARGEST_NATIVE_N and num_iters <= LARGEST_NATIVE_ITERS  # its memory grows with both
     library = load_native(SOURCE) if small else None
@@ -118,7 +126,8 @@ def _native(logits: Tensor, cotangent: Tensor | None, num_iters: int) -> Tensor 
     out = torch.empty_like(logits)
     given = None if cotangent is None else ctypes.c_void_p(cotangent.data_ptr())
     tokens = ctypes.c_int64(logits.numel() // (n * n))
-    run(ctypes.c_void_p(logits.data_ptr()), given, ctypes.c_void_p(out.data_ptr()), tokens, n, num_iters)
+    pointers = (ctypes.c_void_p(logits.data_ptr()), given, ctypes.c_void_p(out.data_ptr()))
+    run(*pointers, tokens, n, num_iters, ctypes.c_double(eps))
     return out
 
 
