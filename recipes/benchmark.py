@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.program import make_train_step
+from rlm_mhc.program.monitors import Sampled, mhc_metrics, sample
 from rlm_mhc.program.precision import init_loss_scale
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing.memory import peak_bytes
@@ -252,6 +253,20 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
+def monitors_seconds(run: BenchmarkConfig, device: torch.device) -> float:
+    """What a step spends on monitoring mHC: sampling every layer, uncompiled, and the metrics of all; the median."""
+    n, layers = run.model.mhc_flows, run.model.num_layers
+    streams = torch.randn(run.batch_size, run.length, n, run.model.hidden_dim, device=device)
+    res = fn.sinkhorn_knopp(torch.randn(run.batch_size, run.length, n, n, device=device))
+
+    def monitor() -> Tensor:
+        parts = [sample((res, res), streams) for _ in range(layers)]
+        whole = Sampled(sum((p.res for p in parts), ()), sum((p.dominance for p in parts), ()))
+        return mhc_metrics(whole, streams)["mhc/gain_backward"]
+
+    return statistics.median(timed(monitor, device) for _ in range(20))
+
+
 def first_step_seconds(layers: int) -> float | None:
     """The first step of a model of so many layers, in a process of its own with an empty compile cache; None where
     that fails, for memory for one."""
@@ -317,6 +332,7 @@ def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> 
         "product_tflops": product_rate(device, dtype) / 1e12,
         "mhc_extra_ms": 1e3 * (statistics.median(ours.times) - statistics.median(plain.times)),
         "mhc_floor_ms": 1e3 * moved / bandwidth,
+        "monitors_ms": 1e3 * monitors_seconds(run, device),
         "first_step_s": {},
     }
 
@@ -354,6 +370,8 @@ def table(result: dict[str, Any]) -> str:
         f"copy {result['copy_gb_per_s']:.1f} GB/s; mHC costs {result['mhc_extra_ms']:.1f} ms, and the bytes that it "
         f"must move {result['mhc_floor_ms']:.1f} ms"
     )
+    ours = result["rows"][0]["step_ms"]
+    lines.append(f"monitors {result['monitors_ms']:.2f} ms of a step, {result['monitors_ms'] / ours:.2%}")
     return "\n".join(lines)
 
 

@@ -87,8 +87,10 @@ def hyper_connections(model: Subject) -> str:
     if not model.config.mhc_enabled:
         return "mHC is off: plain residuals"
     res = torch.stack(fn.backbone(model.params, model.batch.tokens, model.config).res)
-    rows, columns = ((res.sum(axis) - 1).abs().max().item() for axis in (-1, -2))
+    rows, columns = (error.max().item() for error in fn.stochasticity_error(res))
     gain_forward, gain_backward = (gain.max().item() for gain in fn.composite_gain(res))
+    if model.config.mhc_preset == "hc":
+        return f"unconstrained: gain {gain_forward:.3f} forward, {gain_backward:.3f} backward"
     require(rows < 1e-5, f"row sums are off by {rows:.1e}")
     require(bool((res >= 0).all()), "negative entries")
     require(columns < 0.1, f"column sums are off by {columns:.1e}; raise mhc_sinkhorn_iters")

@@ -5,7 +5,7 @@ Differentiate, batch and compile them as you like: `torch.func.grad_and_value(fn
 
 from rlm_mhc.fn.attention import causal_attention, self_attention
 from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
-from rlm_mhc.fn.gain import composite_gain
+from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error, stream_dominance
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
@@ -55,6 +55,7 @@ __all__ = [
     "cosine_schedule",
     "count",
     "count_targets",
+    "cumulative_gain",
     "decay_mask",
     "embed",
     "enter",
@@ -78,6 +79,8 @@ __all__ = [
     "self_attention",
     "sinkhorn_implicit",
     "sinkhorn_knopp",
+    "stochasticity_error",
+    "stream_dominance",
     "swiglu",
     "token_loss_sum",
     "widen",

@@ -13,19 +13,20 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.lm import enter, head
 from rlm_mhc.fn.loss import token_loss_sum
+from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import Embedding, Linear, LMParams, MHCHead, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
+from rlm_mhc.program.monitors import Sampled, sample
 from rlm_mhc.program.stage import Weights, recompute
 from rlm_mhc.tree import tree_map
 
-SAMPLED_TOKENS = 64
 Announce = Callable[[int, int, str], object]
 
 
 class Functions(NamedTuple):
     """`embed(matrix, tokens) -> hidden`;
-    `forward(weights, hidden) -> (hidden, kept, sampled res of each site)`;
+    `forward(weights, hidden) -> (hidden, kept, sampled)`, `sampled` being what is monitored;
     `head(top, hidden, targets, scale) -> (loss, gradients of top, cotangent)`, of one chunk, `top` being the weights
     `(norm, matrix, *head_mhc)`;
     `backward(weights, hidden, kept, cotangent) -> (gradients, cotangent)`;
@@ -79,10 +80,11 @@ def make_functions(
     def embed(matrix: Tensor, tokens: Tensor) -> Any:
         return enter(torch.nn.functional.embedding(tokens, matrix), config)
 
-    def forward(weights: Weights, hidden: Any) -> tuple[Any, Any, list[Tensor]]:
+    def forward(weights: Weights, hidden: Any) -> tuple[Any, Any, Sampled]:
         hidden, kept = keeping.forward(weights, hidden)
-        res = [_sample(matrices) for matrices in residual_mappings(kept, config)]
-        return _contiguous(hidden), () if remat == "full" else kept, res
+        streams = hidden.streams if isinstance(hidden, EarlyPre) else hidden
+        sampled = sample(residual_mappings(kept, config), streams)
+        return _contiguous(hidden), () if remat == "full" else kept, sampled
 
     def backward(weights: Weights, hidden: Any, kept: Any, cotangent: Any) -> tuple[Any, Any]:
         grads, cotangent = block.backward(weights, hidden, kept, cotangent)
@@ -132,12 +134,6 @@ def stored_every(config: ModelConfig, remat: str) -> int:
 
 def _contiguous(hidden: Any) -> Any:
     return tree_map(lambda x: x.contiguous(), hidden)
-
-
-def _sample(res: Tensor) -> Tensor:
-    """At most about 64 of the matrices `[*b, n, n]`, spread evenly over the tokens."""
-    matrices = res.flatten(0, -3)
-    return matrices[:: max(1, len(matrices) // SAMPLED_TOKENS)].clone()
 
 
 def _compile(f: Any, name: str, say: Callable[[str], None]) -> Any:

@@ -16,19 +16,20 @@ from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Announce, Functions, make_functions, stored_every
 from rlm_mhc.program.microbatch import run_microbatch
-from rlm_mhc.tree import named_leaves, rebuild, size, unravel
+from rlm_mhc.program.monitors import Sampled
+from rlm_mhc.tree import named_leaves, rebuild, size, tree_map, unravel
 
 Reduce = Callable[[Tensor], Any]
 
 
 class Gradients(NamedTuple):
     """`scale ×` the sum of token losses; its gradient; the tensors that this consists of, which are fewer than its
-    leaves where those are views of one vector; and `res` at sampled tokens, each `[tokens, n, n]`."""
+    leaves where those are views of one vector; and what is monitored."""
 
     loss: Tensor
     grads: LMParams
     parts: list[Tensor]
-    res: tuple[Tensor, ...]
+    sampled: Sampled
 
 
 def make_gradients(
@@ -61,13 +62,13 @@ def make_gradients(
         top = params._replace(layers=())
         top_sum = torch.zeros(size(top), dtype=widen(matrix[:0]).dtype, device=matrix.device)
         sums: list[Any] = [None] * len(layers)
-        losses, res = [], []
+        losses, monitored = [], []
         for number, batch in enumerate(microbatches):
             done = reduce if number == len(microbatches) - 1 else None
             add = partial(_add, sums, done)
             loss, sampled = run_microbatch(run, params, layers, batch, scale, unravel(top_sum, top), add, period)
             losses.append(loss)
-            res.append(sampled)
+            monitored.append(sampled)
         sums.append([top_sum if reduce is None else reduce(top_sum)])
         parts = [[wait(part) for part in of_layer] for of_layer in sums]
         grads = unravel(parts[-1][0], top)._replace(
@@ -76,8 +77,8 @@ def make_gradients(
                 for own, layer in zip(parts[:-1], params.layers, strict=True)
             )
         )
-        monitored = tuple(map(torch.cat, zip(*res, strict=True)))
-        return Gradients(torch.stack(losses).sum(), grads, list(chain(*parts)), monitored)
+        sampled = tree_map(lambda *tokens: torch.cat(tokens), *monitored)
+        return Gradients(torch.stack(losses).sum(), grads, list(chain(*parts)), sampled)
 
     return gradients
 

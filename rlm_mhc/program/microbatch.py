@@ -11,6 +11,7 @@ from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Functions
 from rlm_mhc.program.head import run_head
+from rlm_mhc.program.monitors import Sampled
 from rlm_mhc.program.stage import Weights
 
 
@@ -23,8 +24,8 @@ def run_microbatch(
     into: LMParams,
     add: Callable[[int, Any], object],
     period: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """`scale ·` the sum of token losses, and `res` of all sites at sampled tokens.
+) -> tuple[Tensor, Sampled]:
+    """`scale ·` the sum of token losses, and what is monitored.
 
     Args:
         run: the model's functions.
@@ -38,13 +39,13 @@ def run_microbatch(
     """
     states: dict[int, Any] = {}
     kept: dict[int, Any] = {}
-    sampled: list[Tensor] = []
+    sampled = Sampled((), ())
     hidden = run.embed(params.embed_tokens.weight, batch.tokens)
     for index, weights in enumerate(layers):
         if index % period == 0:
             states[index] = hidden
-        hidden, kept[index], res = run.forward(weights, hidden)
-        sampled += res
+        hidden, kept[index], seen = run.forward(weights, hidden)
+        sampled = Sampled(sampled.res + tuple(seen.res), sampled.dominance + tuple(seen.dominance))
     loss, cotangent = run_head(run.head, params, into, hidden, batch.targets, scale)
     del hidden
     for index in reversed(range(len(layers))):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig, TrainConfig
-from rlm_mhc.fn.gain import composite_gain
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.loss import Batch, count_targets
 from rlm_mhc.fn.optim import adamw, global_norm
@@ -16,6 +15,7 @@ from rlm_mhc.fn.schedule import cosine_schedule
 from rlm_mhc.params import cast, decay_mask
 from rlm_mhc.program.functions import Announce
 from rlm_mhc.program.gradients import Reduce, make_gradients, wait
+from rlm_mhc.program.monitors import mhc_metrics
 from rlm_mhc.program.precision import COMPUTE_DTYPE, next_loss_scale
 from rlm_mhc.program.state import TrainState
 
@@ -51,7 +51,9 @@ def make_train_step(
         the loss is the mean over all counted targets of all ranks, however they are spread. Its metrics are 0-d
         tensors: `loss`, `grad_norm` (before clipping), `lr`, and over sampled tokens of this rank and all layers
         `mhc/amax_pre`, `mhc/amax_post` (largest entry of `res` at the attention and MLP sites), `mhc/gain_forward`,
-        `mhc/gain_backward` (see `fn.composite_gain`). Without mHC the residual is the identity: all four are 1.
+        `mhc/gain_backward` (see `fn.composite_gain`). Without mHC the residual is the identity: all four are 1. With
+        it there are also `mhc/row_error`, `mhc/column_error`, `mhc/dominance` and all of them by layer, such as
+        `mhc/gain_backward/layer_0`; see `rlm_mhc.program.monitors`.
         With fp16 also `loss_scale`, and `skipped`: 1 where the gradient was not finite and nothing was updated.
 
     Raises:
@@ -95,7 +97,9 @@ def make_train_step(
         counted = _total(all_ranks, count_targets(batch.targets))
         loss_scale = state.loss_scale.scale if state.loss_scale else torch.ones_like(counted)
         # Sums under one scale rather than averages of averages: ranks and microbatches may count different numbers.
-        loss, grads, parts, res = gradients(compute, microbatches, loss_scale / torch.where(counted > 0, counted, 1.0))
+        loss, grads, parts, sampled = gradients(
+            compute, microbatches, loss_scale / torch.where(counted > 0, counted, 1.0)
+        )
         loss = _total(all_ranks, loss) / loss_scale
         norm = global_norm(parts) / loss_scale
         skipped = (~norm.isfinite()).to(torch.float32) if state.loss_scale else None
@@ -116,7 +120,7 @@ def make_train_step(
             found_inf=skipped,
             donate=donate,
         )
-        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, **_monitors(res, loss)}
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, **mhc_metrics(sampled, loss)}
         next_scale = state.loss_scale
         if skipped is not None and next_scale:
             metrics |= {"loss_scale": loss_scale, "skipped": skipped}
@@ -143,17 +147,3 @@ def _microbatches(batch: Batch, train_config: TrainConfig) -> list[Batch]:
             f"= {train_config.batch_size} × {train_config.gradient_accumulation_steps} = {expected}"
         )
     return [Batch(*part) for part in zip(*(x.split(train_config.batch_size) for x in batch), strict=True)]
-
-
-def _monitors(res: tuple[Tensor, ...], like: Tensor) -> dict[str, Tensor]:
-    if not res:
-        one = torch.ones_like(like)
-        return dict.fromkeys(("mhc/amax_pre", "mhc/amax_post", "mhc/gain_forward", "mhc/gain_backward"), one)
-    stacked = torch.stack(res)
-    forward, backward = composite_gain(stacked)
-    return {
-        "mhc/amax_pre": stacked[0::2].amax(),
-        "mhc/amax_post": stacked[1::2].amax(),
-        "mhc/gain_forward": forward.amax(),
-        "mhc/gain_backward": backward.amax(),
-    }

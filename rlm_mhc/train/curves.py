@@ -1,5 +1,6 @@
 """A run's metrics as one picture."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,22 +22,17 @@ PANELS = (
 
 
 def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") -> None:
-    """Loss, learning rate, gradient norm and gains over steps, written to a PNG that replaces the former one."""
+    """Loss, learning rate, gradient norm and gains over steps, written to a PNG that replaces the former one; with
+    mHC also the backward gain of each layer over steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, (name, label, keys) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    layered = [(r["step"], r["mhc/layers"]["gain_backward"]) for r in records if "mhc/layers" in r]
+    figure = Figure(figsize=(16 if layered else 11, 7), layout="constrained")
+    grid = figure.add_gridspec(2, 3 if layered else 2)
+    for number, (name, label, keys) in enumerate(PANELS):
+        axes = figure.add_subplot(grid[number // 2, number % 2])
         for key in keys:
-            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-            colour, legend = SERIES.get(key, ("#4393c3", None))
-            marker = "o" if key == "eval/loss" or len(points) == 1 else None
-            axes.plot(
-                *zip(*points, strict=True) if points else ((), ()),
-                color=colour,
-                label=legend,
-                marker=marker,
-                markersize=4,
-            )
+            _draw_series(axes, key, [(r["step"], r[key]) for r in records if r.get(key) is not None])
         axes.set_title(name, color=INK, fontsize=11)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
@@ -45,7 +41,35 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") 
         axes.ticklabel_format(axis="y", useOffset=False)
         if len(keys) > 1:
             axes.legend(frameon=False)
+    if layered:
+        _draw_layers(figure, figure.add_subplot(grid[:, 2]), layered)
     figure.suptitle(title, color=INK, fontsize=12)
     temporary = file.with_name(f".{file.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, file)
+
+
+def _draw_series(axes: Any, key: str, points: Sequence[tuple[int, float]]) -> None:
+    colour, legend = SERIES.get(key, ("#4393c3", None))
+    marker = "o" if key == "eval/loss" or len(points) == 1 else None
+    columns = zip(*points, strict=True) if points else ((), ())
+    axes.plot(*columns, color=colour, label=legend, marker=marker, markersize=4)
+
+
+def _draw_layers(figure: Any, axes: Any, layered: Sequence[tuple[int, Sequence[float]]]) -> None:
+    """A heat map: each logged step a column that reaches back to the one before, each layer a row."""
+    from matplotlib.colors import LogNorm
+
+    steps, gains = zip(*layered, strict=True)
+    edges = [0 if len(steps) == 1 else max(0, 2 * steps[0] - steps[1]), *steps]
+    rows = [[max(gain, 1e-6) if math.isfinite(gain) else math.nan for gain in row] for row in zip(*gains, strict=True)]
+    largest = max((gain for row in rows for gain in row if gain == gain), default=1.0)
+    # From 1, where nothing is amplified, to at least 2, so that colours of healthy runs compare.
+    norm = LogNorm(vmin=1.0, vmax=max(2.0, largest))
+    mesh = axes.pcolormesh(edges, [i - 0.5 for i in range(len(rows) + 1)], rows, norm=norm, cmap="viridis")
+    bar = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.9)
+    bar.set_label("largest column sum of the mappings from the top down to the layer")
+    axes.set_title("backward gain by layer", color=INK, fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel("layer (0 is next to the embedding)")
+    axes.yaxis.get_major_locator().set_params(integer=True)

@@ -38,6 +38,23 @@ class MetricsLog:
         self._file.close()
 
 
+def by_layer(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with what it has of single layers as lists under `mhc/layers`.
+
+    >>> by_layer({"step": 1, "mhc/amax/layer_0": 0.5, "mhc/amax/layer_1": 0.7})
+    {'step': 1, 'mhc/layers': {'amax': [0.5, 0.7]}}
+    """
+    rest: dict[str, Any] = {}
+    layers: dict[str, list[Any]] = {}
+    for key, value in record.items():
+        name, found, _ = key.partition("/layer_")
+        if found:
+            layers.setdefault(name.removeprefix("mhc/"), []).append(value)
+        else:
+            rest[key] = value
+    return rest | ({"mhc/layers": layers} if layers else {})
+
+
 def require_wandb(config: WandbConfig) -> None:
     """Refuse a project without the library to log there, before anything is spent.
 

@@ -21,7 +21,7 @@ from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.program.step import TrainStep
 from rlm_mhc.train.curves import draw_curves
-from rlm_mhc.train.log import MetricsLog
+from rlm_mhc.train.log import MetricsLog, by_layer
 from rlm_mhc.train.output import CHECKPOINTS, CONFIG_FILE, CURVES_FILE, write_config
 from rlm_mhc.train.plan import Plan
 from rlm_mhc.train.run_config import RunConfig
@@ -62,6 +62,7 @@ def train(
     seen -= first * plan.tokens_per_step
     device = state.params.norm.weight.device
     session = _Session(log, report, run, plan) if log is not None else None
+    warn_of_mhc = _HealthWarning(run) if ranks.is_first else lambda record: None
     speed = _Speed(plan)
     with _bar(training.max_steps, first, ranks) as bar:
         for number in range(first + 1, training.max_steps + 1):
@@ -89,6 +90,7 @@ def train(
                     record["eval/loss"] = evaluate(state, run, data, ranks)
                 _require_finite(record)
                 drawn = session.write(record) if session else False
+                warn_of_mhc(record)
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
             if saved and ranks.is_first:
@@ -178,7 +180,7 @@ class _Session:
 
     def write(self, record: dict[str, Any]) -> bool:
         """Log a record; true where the picture was due as well, and drawn."""
-        self.log.write(record)
+        self.log.write(by_layer(record))
         self.report(record)
         due = time.monotonic() - self.drawn > SECONDS_BETWEEN_PICTURES
         if due:
@@ -210,9 +212,33 @@ class _Speed:
 
 def _record(number: int, tokens: int, metrics: dict[str, Tensor]) -> dict[str, Any]:
     names = {"loss": "train/loss", "lr": "train/lr"}
-    values = torch.stack([value.detach().double().cpu() for value in metrics.values()]).tolist()
+    values = torch.stack([value.detach().double() for value in metrics.values()]).tolist()  # one wait for all of them
     named = {names.get(key, key): value for key, value in zip(metrics, values, strict=True)}
     return {"step": number, "tokens": tokens, **named}
+
+
+class _HealthWarning:
+    """Says once that the residual mappings amplify more than they should, and what to do."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.target, self.preset, self.said = run.mhc.target_amax, run.model.mhc_preset, False
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        watched = {name: record[f"mhc/{name}"] for name in ("amax_pre", "amax_post", "gain_forward", "gain_backward")}
+        name, value = max(watched.items(), key=lambda item: item[1])
+        if self.said or value <= self.target:
+            return
+        self.said = True
+        remedy = (
+            "use model.mhc_preset=paper, which constrains them"
+            if self.preset == "hc"
+            else "raise model.mhc_sinkhorn_iters, or use an exact model.mhc_projection (permutations, kronecker, "
+            "orthostochastic), or lower training.optimizer.lr"
+        )
+        tqdm.write(
+            f"step {record['step']}: the residual mappings amplify: mhc/{name} is {value:.3g}, above "
+            f"mhc.target_amax={self.target:g}; {remedy}"
+        )
 
 
 def _postfix(record: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.data import Source, builtin_source, jsonl_source
-from rlm_mhc.validation import at_least, check, one_of, section
+from rlm_mhc.validation import at_least, check, one_of, positive, section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,16 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MHCConfig:
+    """What is healthy: a largest entry of `res`, or a composite gain, above `target_amax` is warned of, once."""
+
+    target_amax: float = positive(2.0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How ranks share the work; one process needs none."""
 
@@ -56,6 +66,7 @@ class RunConfig:
     training: TrainConfig = section(TrainConfig)
     data: DataConfig = section(DataConfig)
     parallel: ParallelConfig = section(ParallelConfig)
+    mhc: MHCConfig = section(MHCConfig)
     device: str = one_of("auto", "cpu", "cuda")
     seed: int = at_least(0, 42)
     output_dir: str = "outputs/pretrain_1b"

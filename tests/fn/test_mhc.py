@@ -73,16 +73,6 @@ def test_the_shape_hook_is_on():
         fn.mhc_aggregate(torch.ones(2, 4, 8), torch.ones(2, 3))
 
 
-def test_composite_gain_multiplies_in_the_order_of_the_layers():
-    a, b = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
-    product = b @ a  # rows 3+6, -1; columns 3, 6-1
-    forward, backward = fn.composite_gain(torch.stack([a, b]))
-    assert product.tolist() == [[3.0, 6.0], [0.0, -1.0]]
-    assert (forward.item(), backward.item()) == (9.0, 5.0)
-    with pytest.raises(ValueError, match="at least one layer"):
-        fn.composite_gain(torch.zeros(0, 2, 2))
-
-
 def test_mappings_stay_fp32_under_autocast():
     params, streams = random_params(4, 32), torch.randn(3, 4, 32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -7,6 +7,7 @@ from rlm_mhc.program.functions import stored_every
 from rlm_mhc.program.head import LOGITS_AT_ONCE, chunk_tokens
 from rlm_mhc.program.precision import LossScale, next_loss_scale
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
+from rlm_mhc.testing.models import disturbed
 from rlm_mhc.tree import tree_leaves, tree_map
 
 METRICS = {"loss", "grad_norm", "lr", "mhc/amax_pre", "mhc/amax_post", "mhc/gain_forward", "mhc/gain_backward"}
@@ -78,6 +79,33 @@ def test_metrics_are_scalars_under_their_names():
     torch.testing.assert_close(metrics["mhc/amax_pre"], res[0::2].amax())
     torch.testing.assert_close(metrics["mhc/amax_post"], res[1::2].amax())
     torch.testing.assert_close(metrics["mhc/gain_backward"], fn.composite_gain(res)[1].amax())
+    torch.testing.assert_close(metrics["mhc/column_error"], fn.stochasticity_error(res)[1].amax())
+
+
+@pytest.mark.parametrize("preset", ["paper", "single_pass", "hc"])
+def test_metrics_by_layer_are_those_of_the_reference(preset):
+    config = small_config(num_layers=3, mhc_preset=preset, mhc_sinkhorn_iters=2)
+    batch = random_batch(config, 4, 9)
+    params = disturbed(fn.init(config, seed=0))
+    state = init_train_state(config, training(), device="cpu")._replace(params=params)
+    _, metrics = make_train_step(config, training())(state, batch)
+    res = torch.stack(fn.backbone(params, batch.tokens, config).res)
+    for layer in range(3):
+        first = params._replace(layers=params.layers[: layer + 1])
+        hidden = fn.backbone(first, batch.tokens, config).hidden
+        own, streams = res[2 * layer : 2 * layer + 2], hidden.streams if preset == "single_pass" else hidden
+        expected = {
+            "amax": own.abs().amax(),
+            "gain_forward": fn.composite_gain(res[: 2 * layer + 2])[0].amax(),
+            "gain_backward": fn.composite_gain(res[2 * layer :])[1].amax(),
+            "row_error": (own.sum(-1) - 1).abs().amax(),
+            "column_error": (own.sum(-2) - 1).abs().amax(),
+            "dominance": fn.stream_dominance(streams).amax(),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(metrics[f"mhc/{name}/layer_{layer}"], value, atol=2e-6, rtol=1e-5)
+    assert metrics["mhc/dominance"] == max(metrics[f"mhc/dominance/layer_{layer}"] for layer in range(3))
+    assert 0.25 < metrics["mhc/dominance"] < 1
 
 
 def test_without_mhc_the_gains_are_those_of_the_identity():

@@ -43,6 +43,11 @@ def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tm
     assert [r["step"] for r in rows if "eval/loss" in r] == [1, 2, 4, 6, 8]
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.2
     assert rows[2]["tokens"] == 3 * 2 * 2 * 16
+    layers = rows[0]["mhc/layers"]
+    assert layers.keys() == {"amax", "gain_forward", "gain_backward", "row_error", "column_error", "dominance"}
+    assert {len(values) for values in layers.values()} == {2}
+    assert layers["gain_backward"][0] == rows[0]["mhc/gain_backward"]
+    assert "amplify" not in result.err
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["model"]["hidden_dim"] == 32
@@ -58,6 +63,31 @@ def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tm
         "tokenizer.json",
     }
     assert names >= expected
+
+
+def test_a_gain_out_of_its_range_is_warned_of_once_with_what_to_do(pretrain, corpus, tmp_path):
+    arguments = [f"data.train_path={corpus}", "training.max_steps=3", "mhc.target_amax=0.5"]
+    result = pretrain(*arguments, f"output_dir={tmp_path / 'paper'}")
+    assert result.code == 0, result.err
+    said = result.out + result.err
+    assert said.count("the residual mappings amplify: mhc/") == 1
+    assert "step 1: " in said
+    assert "above mhc.target_amax=0.5; raise model.mhc_sinkhorn_iters" in said
+    result = pretrain(*arguments, f"output_dir={tmp_path / 'hc'}", "model.mhc_preset=hc")
+    assert "use model.mhc_preset=paper" in result.out + result.err
+
+
+@pytest.mark.parametrize("preset", ["deepseek_v4", "single_pass", "orthostochastic"])
+def test_other_presets_train_save_and_go_on(pretrain, corpus, tmp_path, preset):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", f"model.mhc_preset={preset}"]
+    assert pretrain(*arguments, "training.max_steps=8", "training.save_steps=4").code == 0
+    rows = records(out)
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.1
+    shutil.rmtree(out / "checkpoints" / "checkpoint-8")
+    result = pretrain(*arguments, "training.max_steps=8", "resume=auto")
+    assert result.code == 0, result.err
+    assert records(out)[-1]["train/loss"] == rows[-1]["train/loss"]
 
 
 def test_the_checkpoint_reads_back_and_carries_its_tokenizer(pretrain, corpus, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -43,7 +44,10 @@ def test_metrics_are_one_object_per_line_and_survive_a_cut_off_line(tmp_path):
     assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
 
 
-@pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS])
+LAYERED = [r | {"mhc/layers": {"gain_backward": [1.0 + r["step"], 1.0, math.inf]}} for r in RECORDS]
+
+
+@pytest.mark.parametrize("records", [[], RECORDS[:1], RECORDS, LAYERED[:1], LAYERED])
 def test_curves_are_a_picture_at_any_time(tmp_path, records):
     draw_curves(records, tmp_path / "curves.png", "a title")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
