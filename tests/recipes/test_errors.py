@@ -26,7 +26,7 @@ MISTAKES = {
     "model.num_heads=3": ["model.num_heads=3", "divide hidden_dim=32"],
     "model.num_kv_heads=3": ["model.num_kv_heads=3", "divide num_heads=4"],
     "model.mhc_flows=0": ["model.mhc_flows=0", "at least 1"],
-    "model.mhc_preset=hc": ["model.mhc_preset='hc'", "not in this version"],
+    "model.mhc_projection=unconstrained": ["mhc_projection='unconstrained'", "use mhc_preset='hc'"],
     "training.mixed_precision=fp8": ["training.mixed_precision='fp8'", "bf16, fp16, fp32"],
     "training.remat=ful": ["training.remat='ful'", "none, mhc, full", "did you mean 'full'"],
     "training.remat=mhc model.mhc_enabled=false": ["remat='mhc'", "the model has none"],
