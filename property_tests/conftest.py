@@ -1,12 +1,17 @@
+"""Profiles: `dev` is fast, `ci` thorough and the same every time; choose with `--hypothesis-profile=ci`. `mutations`
+is for `mutations.py`: a few examples, the first failure as it is."""
+
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import config as jaxtyping_config
 
-shared = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+shared = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 settings.register_profile("dev", max_examples=25, **shared)
-settings.register_profile("ci", max_examples=60, derandomize=True, **shared)
+settings.register_profile("ci", max_examples=200, derandomize=True, **shared)
+settings.register_profile("mutations", max_examples=12, derandomize=True, phases=[Phase.generate], **shared)
+# The option, where it is given, comes after this and wins.
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

@@ -83,3 +83,44 @@ def test_equal_streams_stay_equal_where_nothing_is_added(n, c, seed):
     out = fn.mhc_combine(streams, torch.zeros_like(x), torch.ones(2, n, dtype=torch.float64), res)
     assert torch.allclose(out, streams, atol=1e-12)
     assert torch.allclose(fn.collapse_streams(out), x, atol=1e-12)
+
+
+@given(st.integers(1, 5), st.integers(0, 2**32))
+def test_gates_are_a_sigmoid_and_twice_one(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.randn(2 * n + n * n, generator=generator)
+    params = fn.MHCParams(torch.zeros(2 * n, 2 * n + n * n), torch.ones(3), bias)
+    pre, post, _ = fn.mhc_mappings(params, torch.randn(n, 2, generator=generator))
+    assert torch.allclose(pre, 1 / (1 + (-bias[:n]).exp()), atol=1e-6)
+    assert torch.allclose(post, 2 / (1 + (-bias[n : 2 * n]).exp()), atol=1e-6)
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**32))
+def test_each_alpha_scales_its_own_part(n, c, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, c, generator=generator, dtype=torch.float64)
+    phi = torch.randn(n * c, 2 * n + n * n, generator=generator, dtype=torch.float64)
+    alpha = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    h = x.flatten() @ phi / (x.square().mean() + 1e-6).sqrt()
+    pre, post, res = fn.mhc_mappings(fn.MHCParams(phi, alpha, torch.zeros_like(phi[0])), x)
+    assert torch.allclose(pre, h[:n].sigmoid())
+    assert torch.allclose(post, 2 * (2 * h[n : 2 * n]).sigmoid())
+    assert torch.allclose(res, fn.sinkhorn_knopp(0.5 * h[2 * n :].view(n, n)))
+
+
+@given(square_logits(scale=2.0, dtype=torch.float64))
+def test_rows_come_last(logits):
+    rows, _ = fn.stochasticity_error(fn.sinkhorn_knopp(logits, num_iters=1))
+    assert (rows < 1e-12).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32))
+def test_cumulative_gains_end_in_the_composite_gain(layers, n, seed):
+    res = torch.randn(layers, 2, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    forward, backward = fn.cumulative_gain(res)
+    product = res[0]
+    for matrix in res[1:]:
+        product = matrix @ product
+    for gain, axis in ((forward[-1], -1), (backward[0], -2)):
+        assert torch.allclose(gain, product.sum(axis).abs().amax(-1))
+    assert torch.allclose(torch.stack(fn.composite_gain(res)), torch.stack([forward[-1], backward[0]]))

@@ -2,11 +2,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlm_mhc import fn
+from rlm_mhc import ModelConfig, fn
 from rlm_mhc.testing import random_batch
 from rlm_mhc.testing.strategies import configs
 from rlm_mhc.tree import map_named, named_leaves, tree_map
-from rlm_mhc.variants import PRESETS
+from rlm_mhc.variants import PRESETS, PROJECTIONS
 
 seeds = st.integers(0, 2**32)
 
@@ -47,16 +47,52 @@ def test_a_sequence_does_not_see_its_batch(config, length, seed):
 def test_every_mhc_weight_receives_a_gradient_at_init(config, seed):
     params, batch = fn.init(config, seed=seed), random_batch(config, 2, 8, seed=seed)
     grads = torch.func.grad(fn.loss)(params, batch, config)
-    n = config.mhc_flows
+    n, raw = config.mhc_flows, PROJECTIONS[config.projection].raw_size(config.mhc_flows)
+    parts = 3 if raw else 2  # the identity has no raw numbers, and nothing for the last alpha to scale
     # The last sub-layer's res has no gradient: its columns sum to 1 and the head averages the streams.
     for layer in grads.layers[:-1]:
         for site in (layer.attn_mhc, layer.mlp_mhc):
-            assert (site.alpha != 0).all()
-            for part in site.bias.split([n, n, n * n]):
-                assert part.any()
-            for part in site.phi.split([n, n, n * n], dim=-1):
-                assert part.any()
+            assert (site.alpha[:parts] != 0).all()
+            for part in (*site.bias.split([n, n, raw]), *site.phi.split([n, n, raw], dim=-1)):
+                assert part.any() or not part.numel()
     assert all(g.isfinite().all() for g in named_leaves(grads).values())
+
+
+@given(st.sampled_from([name for name in PRESETS if PRESETS[name].gates == "sigmoid"]), st.integers(1, 6), seeds)
+def test_one_stream_is_a_residual_whose_branch_is_scaled(preset, c, seed):
+    config = ModelConfig(hidden_dim=2 * c, num_heads=1, mhc_flows=1, mhc_preset=preset)
+    params = lively(config.replace(num_layers=1, vocab_size=2), seed).layers[0].attn_mhc
+    x = torch.randn(3, 1, 2 * c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    pre, post, res = fn.mhc_mappings(params, x, preset=preset)
+    out = fn.mhc_combine(x, torch.sin(fn.mhc_aggregate(x, pre)), post, res)
+    assert torch.allclose(res, torch.ones_like(res), atol=1e-5)
+    assert torch.allclose(out, res * x + post.unsqueeze(-1) * torch.sin(pre.unsqueeze(-1) * x), atol=1e-12)
+
+
+@given(configs(mhc_enabled=True), seeds)
+def test_a_sub_layer_mixes_reads_and_writes_streams_as_written(config, seed):
+    generator = torch.Generator().manual_seed(seed)
+    params = lively(config, seed).layers[0].attn_mhc
+    n, c = config.mhc_flows, config.hidden_dim
+    x = torch.randn(2, n, c, generator=generator, dtype=torch.float64)
+    given_pre = torch.rand(2, n, generator=generator, dtype=torch.float64)
+    early = PRESETS[config.mhc_preset].early_pre
+    out, (res,) = fn.hyper_connection(params, fn.EarlyPre(x, given_pre) if early else x, torch.sin, config)
+    pre, post, _ = fn.mhc_mappings(params, x, **config.mhc_options)
+    branch = torch.sin(torch.einsum("bj,bjc->bc", given_pre if early else pre, x))
+    expected = torch.einsum("bij,bjc->bic", res, x) + torch.einsum("bi,bc->bic", post, branch)
+    assert torch.allclose(out.streams if early else out, expected, atol=1e-10)
+    assert not early or torch.equal(out.pre, pre)
+
+
+@given(configs(), seeds)
+def test_jvp_of_the_loss_is_the_product_of_gradient_and_direction(config, seed):
+    params, direction = lively(config, seed), lively(config, seed + 1)
+    batch = random_batch(config, 2, 5, seed=seed)
+    _, slope = torch.func.jvp(lambda p: fn.loss(p, batch, config), (params,), (direction,))
+    grads = torch.func.grad(fn.loss)(params, batch, config)
+    pairs = zip(*(named_leaves(tree).values() for tree in (grads, direction)), strict=True)
+    assert torch.allclose(slope, sum((g * d).sum() for g, d in pairs), rtol=1e-8, atol=1e-9)
 
 
 @given(configs(mhc_enabled=True).filter(lambda config: config.mhc_flows > 1), seeds)

@@ -18,7 +18,6 @@ def floor(grads):
     return 1e-2 * max(g.abs().max().item() for g in named_leaves(grads).values())
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     config=configs(),
     remat=st.sampled_from(["none", "mhc", "full"]),

@@ -48,6 +48,30 @@ def _fitting(names: Iterable[str], n: int) -> list[str]:
 
 
 @st.composite
+def raw_numbers(
+    draw: Any,
+    names: Iterable[str],
+    *,
+    batch: tuple[int, ...] | None = None,
+    scale: float | None = None,
+    largest: float = 3e4,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[str, int, Tensor]:
+    """A projection's name, a number of streams that fits it, and normal raw numbers `[*b, k]` of a scale for it.
+
+    A name may say more than the projection in its first word. No number is beyond `largest`.
+    """
+    name = draw(st.sampled_from(list(names)))
+    rule = PROJECTIONS[name.split()[0]]
+    n = draw(st.sampled_from([n for n in (1, 2, 3, 4, 5, 8) if rule.fits(n)]))
+    shape = batch if batch is not None else draw(st.sampled_from([(), (1,), (0,), (3,), (2, 3)]))
+    scale = scale if scale is not None else draw(st.sampled_from([0.1, 1.0, 10.0, 1e3, largest / 4]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    normal = torch.randn(*shape, rule.raw_size(n), generator=generator, dtype=torch.float64)
+    return name, n, (scale * normal).clamp(-largest, largest).to(dtype)
+
+
+@st.composite
 def square_logits(draw: Any, scale: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal logits `[*b, n, n]` of a drawn or given scale, n from 1 to 6, any batch shape."""
     n = draw(st.integers(1, 6))

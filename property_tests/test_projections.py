@@ -1,0 +1,90 @@
+"""What every parametrisation of the Birkhoff polytope promises, and the derivatives of all of them."""
+
+from functools import partial
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlm_mhc import fn
+from rlm_mhc.testing.strategies import BIRKHOFF, raw_numbers
+
+EXACT = [name for name in BIRKHOFF if name != "sinkhorn"]
+TWICE = [*BIRKHOFF, "unconstrained", "sinkhorn with eps", "sinkhorn at its limit"]
+
+
+def ones_like(sums):
+    return torch.allclose(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
+
+
+def function(name, n):
+    """One of `TWICE`, of raw numbers."""
+    if name == "sinkhorn with eps":
+        return partial(fn.project, n=n, eps=1e-3)
+    if name == "sinkhorn at its limit":
+        return lambda raw: fn.sinkhorn_implicit(raw.unflatten(-1, (n, n)), num_iters=400)
+    return partial(fn.project, n=n, projection=name)
+
+
+@given(raw_numbers(BIRKHOFF))
+def test_entries_are_not_negative_and_rows_sum_to_one(case):
+    name, n, raw = case
+    res = fn.project(raw, n, name)
+    assert (res >= 0).all()
+    assert ones_like(res.sum(-1))
+
+
+@given(raw_numbers(EXACT))
+def test_columns_of_the_exact_ones_sum_to_one(case):
+    name, n, raw = case
+    assert ones_like(fn.project(raw, n, name).sum(-2))
+
+
+@given(raw_numbers(BIRKHOFF, largest=3e38))
+def test_value_and_gradient_are_finite_for_any_finite_numbers(case):
+    name, n, raw = case
+    res, pull = torch.func.vjp(lambda x: fn.project(x, n, name), raw)
+    assert res.isfinite().all()
+    assert pull(torch.ones_like(res))[0].isfinite().all()
+
+
+@given(raw_numbers(EXACT, batch=(6, 2)))
+def test_products_of_doubly_stochastic_matrices_stay_so_and_their_gain_is_one(case):
+    name, n, raw = case
+    res = fn.project(raw, n, name)
+    product = torch.linalg.multi_dot(list(res[:, 0])) if n > 1 else res[0, 0]
+    assert ones_like(product.sum(-1))
+    assert ones_like(product.sum(-2))
+    assert all(ones_like(gain) for gain in (*fn.composite_gain(res), *fn.cumulative_gain(res)))
+
+
+@given(raw_numbers(TWICE, scale=1.0, dtype=torch.float64), st.integers(0, 2**32))
+def test_gradient_equals_the_central_difference(case, seed):
+    name, n, raw = case
+    f, generator = function(name, n), torch.Generator().manual_seed(seed)
+    res, pull = torch.func.vjp(f, raw)
+    direction, cotangent = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (raw, res))
+    slope = (cotangent * (f(raw + 1e-5 * direction) - f(raw - 1e-5 * direction))).sum() / 2e-5
+    assert torch.allclose((pull(cotangent)[0] * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+
+
+@given(raw_numbers(TWICE, scale=1.0, dtype=torch.float64), st.integers(0, 2**32))
+def test_jvp_is_the_transpose_of_vjp(case, seed):
+    name, n, raw = case
+    f, generator = function(name, n), torch.Generator().manual_seed(seed)
+    res, pull = torch.func.vjp(f, raw)
+    direction, cotangent = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (raw, res))
+    _, tangent = torch.func.jvp(f, (raw,), (direction,))
+    assert torch.allclose((tangent * cotangent).sum(), (direction * pull(cotangent)[0]).sum(), rtol=1e-8, atol=1e-10)
+
+
+@given(st.integers(1, 4), st.integers(0, 2**32), st.randoms(use_true_random=False))
+def test_weights_of_permutations_permute_with_the_rows(n, seed, random):
+    import itertools
+
+    orders = list(itertools.permutations(range(n)))
+    raw = torch.randn(len(orders), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = random.sample(range(n), n)
+    moved = torch.stack([raw[orders.index(tuple(order[rows.index(i)] for i in range(n)))] for order in orders])
+    expected = fn.project(raw, n, "permutations")[rows]
+    assert torch.allclose(fn.project(moved, n, "permutations"), expected, atol=1e-12)
