@@ -122,3 +122,35 @@ def test_gradient_equals_the_central_difference(config, seed):
         (g * d).sum() for g, d in zip(*map(lambda t: named_leaves(t).values(), (grads, direction)), strict=True)
     )
     assert torch.allclose(slope, (up - down) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@given(st.sampled_from(list(PRESETS)), st.integers(1, 4), seeds)
+def test_streams_enter_equal_and_leave_as_the_preset_has_it(preset, n, seed):
+    config = ModelConfig(
+        hidden_dim=6, num_heads=3, num_layers=1, vocab_size=3, mhc_preset=preset, mhc_flows=n & ~1 or 1
+    )
+    params, n = lively(config, seed), config.mhc_flows
+    x = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    hidden = fn.enter(x, config)
+    early, learned = isinstance(hidden, fn.EarlyPre), params.head_mhc
+    streams = (hidden.streams if early else hidden) * torch.arange(1, n + 1).view(n, 1)
+    weights = torch.full((2, 1, n), 1 / n, dtype=torch.float64)
+    if early:
+        assert torch.equal(hidden.pre, torch.eye(n, dtype=torch.float64)[0].expand(2, 1, n))
+        weights = torch.rand(2, 1, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if learned:
+        h = streams.flatten(-2) / (streams.flatten(-2).square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+        weights = (learned.alpha * (h @ learned.phi) + learned.bias).sigmoid() + 1e-6
+    out = fn.collapse(params, fn.EarlyPre(streams, weights) if early else streams, config)
+    assert torch.allclose(out, (weights.unsqueeze(-1) * streams).sum(-2), atol=1e-12)
+
+
+@given(st.integers(1, 4), seeds)
+def test_hc_adds_a_bounded_change_to_its_biases(n, seed):
+    config = ModelConfig(hidden_dim=2, num_heads=1, num_layers=1, vocab_size=3, mhc_preset="hc", mhc_flows=n)
+    params = lively(config, seed).layers[0].attn_mhc
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scale = params.alpha.repeat_interleave(torch.tensor([n, n, n * n]))
+    h = x.flatten() @ params.phi / (x.square().mean() + 1e-6).sqrt()
+    pre, post, res = fn.mhc_mappings(params, x, preset="hc")
+    assert torch.allclose(torch.cat([pre, post, res.flatten()]), scale * h.tanh() + params.bias)

@@ -9,6 +9,7 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.fn.projections import orthostochastic
+from rlm_mhc.testing import small_config
 from rlm_mhc.variants import PROJECTIONS
 
 CASES = [(name, n) for name, rule in PROJECTIONS.items() for n in (1, 2, 3, 4, 8) if rule.fits(n)]
@@ -84,8 +85,6 @@ def test_any_batch_shape_and_width(name, n, batch):
 
 @pytest.mark.parametrize("preset", ["paper", "lite", "kron", "orthostochastic", "identity", "hc"])
 def test_autocast_leaves_the_mappings_alone(preset):
-    from rlm_mhc.testing import small_config
-
     params = fn.init(small_config(mhc_preset=preset)).layers[0].attn_mhc
     streams = torch.randn(3, 4, 32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rlm_mhc import fn
+from rlm_mhc.testing.memory import peak_bytes
 
 
 def plain(logits, iterations=20):
@@ -95,8 +96,6 @@ def test_what_is_kept_for_the_backward_does_not_grow_with_the_iterations():
 
 
 def test_the_memory_of_the_backward_does_not_grow_with_the_iterations():
-    from rlm_mhc.testing.memory import peak_bytes
-
     logits, weight = torch.randn(2, 20000, 4, 4).unbind()
     peaks = []
     for iters in (10, 80):

@@ -1,0 +1,249 @@
+"""Break the package on purpose and see which law notices: `python property_tests/mutations.py [name …]`.
+
+Each mutation replaces one piece of text of one file, in a copy of the package; the laws are run on the copy. The
+command ends with 1 if a mutation is not noticed or a law never fails. `--list` prints the names.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+AT_ONCE = 2
+COMMAND = ["-m", "pytest", "property_tests", "-m", "not slow", "--hypothesis-profile=mutations", "-q", "-rf"]
+
+
+class Mutation(NamedTuple):
+    """`old`, which `file` of the package holds once, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    Mutation("res transposed", "fn/mhc.py", "zip(res.unbind(-1),", "zip(res.unbind(-2),"),
+    Mutation(
+        "post dropped",
+        "fn/mhc.py",
+        "mixed = post.unsqueeze(-1) * output",
+        "mixed = torch.ones_like(post).unsqueeze(-1) * output",
+    ),
+    Mutation("factor 2 forgotten", "fn/mhc.py", "2 * torch.sigmoid(post), raw", "torch.sigmoid(post), raw"),
+    Mutation("bias without gradient", "fn/mhc.py", "a * x + b for a", "a * x + b.detach() for a"),
+    Mutation("alphas in another order", "fn/mhc.py", "zip(alpha.unbind(),", "zip(alpha.flip(0).unbind(),"),
+    Mutation("pre without sigmoid", "fn/mhc.py", "    pre = torch.sigmoid(pre)\n", ""),
+    Mutation("hc without tanh's alpha", "fn/mhc.py", "        h = torch.tanh(h)\n", "        h = torch.tanh(h) * 0\n"),
+    Mutation("norm over the batch", "fn/mhc.py", "wide.square().mean(-1, keepdim=True)", "wide.square().mean()"),
+    Mutation("streams summed at the exit", "fn/mhc.py", "widen(streams).mean(-2)", "widen(streams).sum(-2)"),
+    Mutation(
+        "streams unequal at the entry",
+        "fn/mhc.py",
+        "    return x.unsqueeze(-2).repeat_interleave(n, dim=-2)",
+        "    return x.unsqueeze(-2) * torch.arange(1, n + 1).view(n, 1)",
+    ),
+    Mutation(
+        "learned head without streams",
+        "fn/mhc.py",
+        "torch.sigmoid(params.alpha * h + params.bias)",
+        "torch.sigmoid(params.alpha * h)",
+    ),
+    Mutation("pre not early", "fn/block.py", "pre if early is None else early", "pre"),
+    Mutation(
+        "first pre reads the last stream",
+        "fn/lm.py",
+        "F.one_hot(torch.zeros(()",
+        "F.one_hot(config.mhc_flows - 1 + torch.zeros(()",
+    ),
+    Mutation(
+        "rows first",
+        "fn/sinkhorn.py",
+        "torch.log_softmax(torch.log_softmax(log, dim=0), dim=1)",
+        "torch.log_softmax(torch.log_softmax(log, dim=1), dim=0)",
+    ),
+    Mutation(
+        "one iteration fewer in the backward",
+        "fn/sinkhorn.py",
+        "    tape = list(_outcomes(logits, num_iters, eps))",
+        "    tape = list(_outcomes(logits, max(1, num_iters - 1), eps))",
+    ),
+    Mutation("backward stops early", "fn/sinkhorn.py", "in reversed(tape):", "in reversed(tape[1:]):"),
+    Mutation(
+        "eps left out of the backward", "fn/sinkhorn.py", "            g = g * (m / shifted)\n", "            pass\n"
+    ),
+    Mutation("jvp of one axis", "fn/sinkhorn.py", "t = t - (m * t).sum(axis,", "t = t - (m * t).sum(0,"),
+    Mutation(
+        "logits not bounded",
+        "fn/sinkhorn.py",
+        "    log = logits.clamp(-limit, limit)\n    for _",
+        "    log = logits * 4 / 4 + 0 * logits.exp()\n    for _",
+    ),
+    Mutation("implicit without columns", "fn/sinkhorn.py", "return g - p * (u + v.mT)", "return g - p * u"),
+    Mutation("permutations not normalised", "fn/projections.py", "raw.softmax(-1) @", "raw.sigmoid() @"),
+    Mutation("permutations inverted", "fn/projections.py", "float(order[i] == j)", "float(order[j] == i)"),
+    Mutation(
+        "kronecker with the wrong other",
+        "fn/projections.py",
+        "torch.sigmoid(raw), torch.sigmoid(-raw)",
+        "torch.sigmoid(raw), torch.sigmoid(-raw) * 0.9",
+    ),
+    Mutation(
+        "cayley of no skew matrix",
+        "fn/projections.py",
+        "(ones.triu(1) - ones.tril(-1))",
+        "(ones.triu(1) + ones.tril(-1))",
+    ),
+    Mutation("blocks not averaged", "fn/projections.py", "squares.sum((-3, -1)) / block", "squares.sum((-3, -1))"),
+    Mutation(
+        "skew numbers not bounded",
+        "fn/projections.py",
+        "raw.double().clamp(-LARGEST_SKEW, LARGEST_SKEW)",
+        "raw.float().square()",
+    ),
+    Mutation(
+        "gain in reverse order",
+        "fn/gain.py",
+        "        product = matrix @ product",
+        "        product = product @ matrix",
+    ),
+    Mutation(
+        "cumulative gain a layer short", "fn/gain.py", "    while reach < len(res):", "    while reach < len(res) - 1:"
+    ),
+    Mutation(
+        "attention sees the future", "fn/attention.py", "is_causal=True, enable_gqa=q", "is_causal=False, enable_gqa=q"
+    ),
+    Mutation(
+        "forward mode sees the future",
+        "fn/attention.py",
+        "is_causal=True, enable_gqa=True",
+        "is_causal=False, enable_gqa=True",
+    ),
+    Mutation(
+        "bias never starts near the identity",
+        "variants.py",
+        "RES_DIAGONAL_INIT = 0.995",
+        "RES_DIAGONAL_INIT = 1 - 1e-15",
+    ),
+    Mutation("pre starts at one half", "params.py", "-math.log(n - 1) if n > 1 else 0.0", "0.0"),
+    Mutation("hc starts with a sum", "params.py", "(1 / n,) * n + (1.0,) * n", "(1.0,) * n + (1.0,) * n"),
+    Mutation(
+        "program forgets the aggregate",
+        "program/hyper.py",
+        "g_combine + g_aggregate + g_mappings",
+        "g_combine + g_mappings",
+    ),
+    Mutation("program forgets the norm of the streams", "program/hyper.py", " - inner * flat", ""),
+    Mutation(
+        "program forgets the next pre", "program/hyper.py", "Mappings(g_next if early else g_pre,", "Mappings(g_pre,"
+    ),
+    Mutation(
+        "program adds a microbatch twice",
+        "program/gradients.py",
+        "torch._foreach_add_(sums[index], grads)",
+        "torch._foreach_add_(sums[index], grads, alpha=2)",
+    ),
+    Mutation(
+        "dtypes lost on disk",
+        "checkpoint/weights.py",
+        "leaf.detach().contiguous()",
+        "leaf.detach().contiguous().float()",
+    ),
+    Mutation("metadata lost on disk", "checkpoint/weights.py", 'metadata={"format": "pt"}', "metadata={}"),
+    Mutation("windows lose a token", "data/packing.py", "start + self.length + 1]", "start + self.length]"),
+    Mutation(
+        "windows repeat a token",
+        "data/packing.py",
+        "start = (self.first + index) * self.length",
+        "start = max(0, (self.first + index) * self.length - 1)",
+    ),
+    Mutation("targets are the inputs", "data/packing.py", "window[:-1], window[1:]", "window[:-1], window[:-1]"),
+    Mutation("held-out windows overlap", "data/packing.py", "first=whole.first + split", "first=whole.first"),
+    Mutation("an epoch draws with replacement", "data/loader.py", ".permutation(count)", ".integers(0, count, count)"),
+]
+
+
+def mutate(mutation: Mutation | None, folder: Path) -> None:
+    """Copy package and laws into a folder, with the mutation.
+
+    Raises:
+        ValueError: when the text that is to be replaced is not there once.
+    """
+    for name in ("rlm_mhc", "property_tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    if mutation is None:
+        return
+    file = folder / "rlm_mhc" / mutation.file
+    text = file.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name}: its text is {text.count(mutation.old)} times in {mutation.file}, not once")
+    file.write_text(text.replace(mutation.old, mutation.new))
+
+
+def failing_laws(mutation: Mutation | None, laws: str = "property_tests") -> list[str]:
+    """The names of the laws that fail under a mutation.
+
+    Raises:
+        RuntimeError: when no law was run, or not on the copy.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        mutate(mutation, folder)
+        environment = os.environ | {"PYTHONPATH": name, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        where = [sys.executable, "-c", "import rlm_mhc; print(rlm_mhc.__file__)"]
+        imported = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True)
+        if imported.returncode == 0 and name not in imported.stdout:
+            raise RuntimeError(f"the copy in {name} was not imported, but {imported.stdout.strip()}")
+        command = [sys.executable, *(laws if part == "property_tests" else part for part in COMMAND)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    failed = re.findall(r"^FAILED \S+::(test_\w+)", done.stdout, re.M)
+    if done.returncode not in (0, 1) or (done.returncode == 1) != bool(failed):
+        raise RuntimeError(
+            f"{mutation.name if mutation else 'no mutation'}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    return sorted(set(failed))
+
+
+def laws_there_are() -> list[str]:
+    """The names of all laws that the command runs."""
+    done = subprocess.run(
+        [sys.executable, *COMMAND, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return sorted(set(re.findall(r"::(test_\w+)", done.stdout)))
+
+
+def main(chosen: list[str]) -> int:
+    """Run what is chosen, all where nothing is, and print what caught what."""
+    if "--list" in chosen:
+        print(*(mutation.name for mutation in MUTATIONS), sep="\n")
+        return 0
+    unknown = set(chosen) - {mutation.name for mutation in MUTATIONS}
+    if unknown:
+        print(f"unknown: {', '.join(sorted(unknown))}; --list prints the names", file=sys.stderr)
+        return 2
+    if broken := failing_laws(None):
+        print(f"without any mutation these fail: {', '.join(broken)}", file=sys.stderr)
+        return 1
+    wanted = [mutation for mutation in MUTATIONS if not chosen or mutation.name in chosen]
+    uncaught, never = [], set(laws_there_are())
+    print("| mutation | caught by |\n|---|---|")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for mutation, laws in zip(wanted, pool.map(failing_laws, wanted), strict=True):
+            never -= set(laws)
+            uncaught += [] if laws else [mutation.name]
+            print(f"| {mutation.name} | {', '.join(f'`{law[5:]}`' for law in laws) or '**nothing**'} |", flush=True)
+    print(f"\n{len(wanted) - len(uncaught)} of {len(wanted)} mutations caught")
+    if never and not chosen:
+        print(f"laws that no mutation breaks: {', '.join(sorted(never))}")
+    return 1 if uncaught or (never and not chosen) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
