@@ -63,6 +63,30 @@ MUTATIONS = [
         "F.one_hot(config.mhc_flows - 1 + torch.zeros(()",
     ),
     Mutation(
+        "columns alone",
+        "fn/sinkhorn.py",
+        "torch.log_softmax(torch.log_softmax(log, dim=0), dim=1)",
+        "torch.log_softmax(log, dim=0)",
+    ),
+    Mutation(
+        "rows alone",
+        "fn/sinkhorn.py",
+        "torch.log_softmax(torch.log_softmax(log, dim=0), dim=1)",
+        "torch.log_softmax(log, dim=1)",
+    ),
+    Mutation(
+        "a favoured corner",
+        "fn/sinkhorn.py",
+        "        return _tokens_first(_iterate(_tokens_last(logits), num_iters, eps))",
+        "        return _tokens_first(_iterate(_tokens_last(logits + torch.eye(logits.shape[-1])), num_iters, eps))",
+    ),
+    Mutation(
+        "raw numbers read by columns",
+        "fn/projections.py",
+        "return sinkhorn_knopp(wide.unflatten(-1, (n, n)),",
+        "return sinkhorn_knopp(wide.unflatten(-1, (n, n)).mT,",
+    ),
+    Mutation(
         "rows first",
         "fn/sinkhorn.py",
         "torch.log_softmax(torch.log_softmax(log, dim=0), dim=1)",
