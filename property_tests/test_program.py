@@ -19,7 +19,7 @@ def floor(grads):
 
 
 @given(
-    config=configs(),
+    config=st.one_of(configs(), configs(mhc_enabled=True, mhc_preset="single_pass")),
     remat=st.sampled_from(["none", "mhc", "full"]),
     ranks=st.sampled_from([1, 2]),
     accumulation=st.integers(1, 3),
