@@ -4,6 +4,7 @@ is for `mutations.py`: a few examples, the first failure as it is."""
 import os
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import config as jaxtyping_config
 
@@ -13,6 +14,15 @@ settings.register_profile("ci", max_examples=200, derandomize=True, **shared)
 settings.register_profile("mutations", max_examples=12, derandomize=True, phases=[Phase.generate], **shared)
 # The option, where it is given, comes after this and wins.
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors here have a few hundred numbers: other threads only get in the way, much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

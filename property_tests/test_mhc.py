@@ -14,6 +14,14 @@ def test_sinkhorn_has_unit_rows_and_is_non_negative_and_finite(logits):
     assert torch.allclose(out.sum(-1), torch.ones(out.shape[:-1]), atol=1e-5, rtol=0)
 
 
+@given(st.integers(2, 4), st.integers(0, 2**32))
+def test_sinkhorn_and_its_gradient_are_finite_where_differences_of_logits_are_not(n, seed):
+    signs = torch.randint(-1, 2, (1000, n, n), generator=torch.Generator().manual_seed(seed))
+    out, pull = torch.func.vjp(fn.sinkhorn_knopp, 3e38 * signs.float())
+    assert out.isfinite().all()
+    assert pull(out)[0].isfinite().all()
+
+
 @given(square_logits(scale=1.0, dtype=torch.float64))
 def test_sinkhorn_has_unit_columns_once_converged(logits):
     columns = fn.sinkhorn_knopp(logits, num_iters=300).sum(-2)
@@ -103,9 +111,21 @@ def test_each_alpha_scales_its_own_part(n, c, seed):
     alpha = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
     h = x.flatten() @ phi / (x.square().mean() + 1e-6).sqrt()
     pre, post, res = fn.mhc_mappings(fn.MHCParams(phi, alpha, torch.zeros_like(phi[0])), x)
-    assert torch.allclose(pre, h[:n].sigmoid())
-    assert torch.allclose(post, 2 * (2 * h[n : 2 * n]).sigmoid())
-    assert torch.allclose(res, fn.sinkhorn_knopp(0.5 * h[2 * n :].view(n, n)))
+    assert torch.allclose(pre, h[:n].sigmoid(), rtol=1e-9)
+    assert torch.allclose(post, 2 * (2 * h[n : 2 * n]).sigmoid(), rtol=1e-9)
+    assert torch.allclose(res, fn.sinkhorn_knopp(0.5 * h[2 * n :].view(n, n)), rtol=1e-9)
+
+
+@given(st.integers(1, 4), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(0, 2**32))
+def test_mappings_are_those_of_the_widened_streams_and_streams_keep_their_dtype(n, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, n, 4, generator=generator).to(dtype)
+    phi = torch.randn(4 * n, 2 * n + n * n, generator=generator)
+    params = fn.MHCParams(phi, torch.ones(3), torch.zeros_like(phi[0]))
+    mappings, expected = fn.mhc_mappings(params, x), fn.mhc_mappings(params, x.float())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(mappings, expected, strict=True))
+    u = fn.mhc_aggregate(x, mappings.pre)
+    assert u.dtype == fn.mhc_combine(x, u, *mappings[1:]).dtype == fn.collapse_streams(x).dtype == dtype
 
 
 @given(square_logits(scale=2.0, dtype=torch.float64))

@@ -18,6 +18,13 @@ def lively(config, seed, dtype=torch.float64):
     return tree_map(lambda w: w + 0.3 * torch.randn(w.shape, generator=generator, dtype=dtype), params)
 
 
+def parts(site, config, res=True):
+    """Weights of one sub-layer's mHC by what they make: pre, post and, where it has raw numbers, res."""
+    n, raw = config.mhc_flows, PROJECTIONS[config.projection].raw_size(config.mhc_flows)
+    split = zip(site.alpha, site.bias.split([n, n, raw]), site.phi.split([n, n, raw], -1), strict=True)
+    return [weight for part in list(split)[: 3 if res and raw else 2] for weight in part]
+
+
 @given(configs(), st.integers(2, 10), st.data())
 def test_no_token_sees_what_comes_after_it(config, length, data):
     params, changed = lively(config, 0), data.draw(st.integers(1, length - 1))
@@ -38,24 +45,35 @@ def test_a_sequence_does_not_see_its_batch(config, length, seed):
     assert torch.allclose(together[0], fn.forward(params, tokens[0], config), atol=1e-11, rtol=0)
 
 
-@given(
-    configs(
-        mhc_enabled=True, mhc_preset="paper", mhc_projection=None, mhc_flows=4, num_layers=3, mhc_sinkhorn_iters=20
-    ),
-    seeds,
-)
-def test_every_mhc_weight_receives_a_gradient_at_init(config, seed):
-    params, batch = fn.init(config, seed=seed), random_batch(config, 2, 8, seed=seed)
+@given(configs(mhc_enabled=True, num_layers=3).filter(lambda config: config.mhc_flows > 1), seeds)
+def test_every_mhc_weight_of_the_network_receives_a_gradient_at_init(config, seed):
+    params, batch = fn.init(config, seed=seed, dtype=torch.float64), random_batch(config, 2, 8, seed=seed)
     grads = torch.func.grad(fn.loss)(params, batch, config)
-    n, raw = config.mhc_flows, PROJECTIONS[config.projection].raw_size(config.mhc_flows)
-    parts = 3 if raw else 2  # the identity has no raw numbers, and nothing for the last alpha to scale
-    # The last sub-layer's res has no gradient: its columns sum to 1 and the head averages the streams.
-    for layer in grads.layers[:-1]:
-        for site in (layer.attn_mhc, layer.mlp_mhc):
-            assert (site.alpha[:parts] != 0).all()
-            for part in (*site.bias.split([n, n, raw]), *site.phi.split([n, n, raw], dim=-1)):
-                assert part.any() or not part.numel()
+    *sites, last = [site for layer in grads.layers for site in (layer.attn_mhc, layer.mlp_mhc)]
+    # The first res mixes equal streams, the last one streams that are averaged: neither changes anything.
+    for site in sites[1:]:
+        assert all(part.any() for part in parts(site, config))
+    for site in (sites[0], last):
+        assert all(part.any() for part in parts(site, config, res=False))
+    assert all(weight.any() for weight in grads.head_mhc)
     assert all(g.isfinite().all() for g in named_leaves(grads).values())
+
+
+@given(configs(mhc_enabled=True, mhc_sinkhorn_iters=20).filter(lambda config: config.mhc_flows > 1), seeds)
+def test_no_mhc_weight_of_a_sub_layer_starts_where_gradients_vanish(config, seed):
+    params = fn.init(config, seed=seed, dtype=torch.float64).layers[0].attn_mhc
+    generator = torch.Generator().manual_seed(seed)
+    x, cotangent = torch.randn(2, 50, config.mhc_flows, config.hidden_dim, generator=generator, dtype=torch.float64)
+    x = fn.EarlyPre(x, x[..., 0]) if PRESETS[config.mhc_preset].early_pre else x
+
+    def weighted(params):
+        out, _ = fn.hyper_connection(params, x, torch.sin, config)
+        return (cotangent * (out.streams + out.pre.unsqueeze(-1) if isinstance(out, fn.EarlyPre) else out)).sum()
+
+    # An alpha is one number, whose gradient may be small by chance.
+    assert all(
+        part.abs().max() > (1e-6 if part.dim() else 0.0) for part in parts(torch.func.grad(weighted)(params), config)
+    )
 
 
 @given(st.sampled_from([name for name in PRESETS if PRESETS[name].gates == "sigmoid"]), st.integers(1, 6), seeds)
@@ -109,7 +127,7 @@ def test_with_alpha_at_zero_mhc_is_the_plain_transformer(config, seed):
 
 
 @given(configs(), seeds)
-def test_gradient_equals_the_central_difference(config, seed):
+def test_gradient_of_the_loss_equals_the_central_difference(config, seed):
     params, batch = lively(config, seed), random_batch(config, 2, 5, seed=seed, ignored=0.2)
     assume((batch.targets >= 0).any())
     direction = lively(config, seed + 1)

@@ -1,5 +1,6 @@
 """What every parametrisation of the Birkhoff polytope promises, and the derivatives of all of them."""
 
+import itertools
 from functools import partial
 
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlm_mhc import fn
 from rlm_mhc.testing.strategies import BIRKHOFF, raw_numbers
+from rlm_mhc.variants import PROJECTIONS
 
 EXACT = [name for name in BIRKHOFF if name != "sinkhorn"]
 TWICE = [*BIRKHOFF, "unconstrained", "sinkhorn with eps", "sinkhorn at its limit"]
@@ -59,7 +61,7 @@ def test_products_of_doubly_stochastic_matrices_stay_so_and_their_gain_is_one(ca
 
 
 @given(raw_numbers(TWICE, scale=1.0, dtype=torch.float64), st.integers(0, 2**32))
-def test_gradient_equals_the_central_difference(case, seed):
+def test_gradient_of_every_projection_equals_the_central_difference(case, seed):
     name, n, raw = case
     f, generator = function(name, n), torch.Generator().manual_seed(seed)
     res, pull = torch.func.vjp(f, raw)
@@ -80,11 +82,29 @@ def test_jvp_is_the_transpose_of_vjp(case, seed):
 
 @given(st.integers(1, 4), st.integers(0, 2**32), st.randoms(use_true_random=False))
 def test_weights_of_permutations_permute_with_the_rows(n, seed, random):
-    import itertools
-
     orders = list(itertools.permutations(range(n)))
     raw = torch.randn(len(orders), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rows = random.sample(range(n), n)
     moved = torch.stack([raw[orders.index(tuple(order[rows.index(i)] for i in range(n)))] for order in orders])
     expected = fn.project(raw, n, "permutations")[rows]
     assert torch.allclose(fn.project(moved, n, "permutations"), expected, atol=1e-12)
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.data())
+def test_a_negative_kronecker_factor_swaps_the_streams_it_mixes(n, data):
+    raw = data.draw(raw_numbers(["kronecker"], streams=n, batch=(3,), dtype=torch.float64))[2]
+    factor = data.draw(st.integers(0, max(0, raw.shape[-1] - 1)))
+    sign = torch.ones_like(raw)
+    sign[..., factor : factor + 1] = -1
+    swapped = torch.arange(n) ^ (n >> (factor + 1))
+    assert torch.equal(fn.project(sign * raw, n, "kronecker"), fn.project(raw, n, "kronecker")[..., swapped])
+
+
+@given(st.sampled_from(BIRKHOFF), st.sampled_from([2, 4]), st.integers(0, 2**32))
+def test_every_projection_starts_near_the_identity_where_its_gradient_does_not_vanish(name, n, seed):
+    raw = torch.tensor(PROJECTIONS[name].near_identity(n), dtype=torch.float64)
+    res, pull = torch.func.vjp(lambda x: fn.project(x, n, name), raw)
+    assert (res.diagonal() > 0.99).all()
+    generator = torch.Generator().manual_seed(seed)
+    (gradient,) = pull(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    assert (gradient.abs() > 1e-9).all()

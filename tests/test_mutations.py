@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,13 @@ def test_each_mutation_still_changes_one_place_and_leaves_python(mutation):
     assert text.count(mutation.old) == 1
     assert mutation.new != mutation.old
     ast.parse(text.replace(mutation.old, mutation.new))
+
+
+def test_names_of_mutations_and_of_laws_are_unique():
+    files = sorted((mutations.ROOT / "property_tests").glob("test_*.py"))
+    laws = [law for file in files for law in re.findall(r"^def (test_\w+)", file.read_text(), re.M)]
+    for names in (laws, [mutation.name for mutation in mutations.MUTATIONS]):
+        assert len(set(names)) == len(names)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def configs(draw: Any, **fixed: Any) -> ModelConfig:
         vocab_size=draw(st.integers(5, 40)),
         max_seq_len=32,
         tie_embeddings=draw(st.booleans()),
-        mhc_enabled=draw(st.booleans()),
+        mhc_enabled=draw(st.sampled_from([False, True, True, True])),
         mhc_flows=flows,
         mhc_preset=preset,
         mhc_projection=chosen,
@@ -52,6 +52,7 @@ def raw_numbers(
     draw: Any,
     names: Iterable[str],
     *,
+    streams: int | None = None,
     batch: tuple[int, ...] | None = None,
     scale: float | None = None,
     largest: float = 3e4,
@@ -63,7 +64,7 @@ def raw_numbers(
     """
     name = draw(st.sampled_from(list(names)))
     rule = PROJECTIONS[name.split()[0]]
-    n = draw(st.sampled_from([n for n in (1, 2, 3, 4, 5, 8) if rule.fits(n)]))
+    n = streams or draw(st.sampled_from([n for n in (1, 2, 3, 4, 5, 8) if rule.fits(n)]))
     shape = batch if batch is not None else draw(st.sampled_from([(), (1,), (0,), (3,), (2, 3)]))
     scale = scale if scale is not None else draw(st.sampled_from([0.1, 1.0, 10.0, 1e3, largest / 4]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
