@@ -95,8 +95,7 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 def _outcomes(logits: Tensor, num_iters: int, eps: float) -> Iterator[tuple[Tensor, int, Tensor | None]]:
     """Each normalisation of `logits [n, n, *b]`: its result, its axis, and where `eps` was added to it, the sum."""
-    limit = torch.finfo(logits.dtype).max / 4
-    log = logits.clamp(-limit, limit)
+    log = _bounded(logits)
     if not eps:
         for _ in range(num_iters):
             for axis in (0, 1):
@@ -115,10 +114,10 @@ def _outcomes(logits: Tensor, num_iters: int, eps: float) -> Iterator[tuple[Tens
 def _iterate(logits: Tensor, num_iters: int, eps: float) -> Tensor:
     """The last of the outcomes, without the numbers of those before it where logarithms suffice."""
     if eps:
-        *_, (m, _, _) = _outcomes(logits, num_iters, eps)
-        return m
-    limit = torch.finfo(logits.dtype).max / 4
-    log = logits.clamp(-limit, limit)
+        for m, _, _ in _outcomes(logits, num_iters, eps):
+            last = m
+        return last
+    log = _bounded(logits)
     for _ in range(num_iters):
         log = torch.log_softmax(torch.log_softmax(log, dim=0), dim=1)
     return log.exp()
@@ -146,8 +145,16 @@ def _pull(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> Tens
     return _within_limits(logits, g)
 
 
+def _limit(logits: Tensor) -> float:
+    return torch.finfo(logits.dtype).max / 4
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    return logits.clamp(-_limit(logits), _limit(logits))
+
+
 def _within_limits(logits: Tensor, g: Tensor) -> Tensor:
-    return torch.where(logits.abs() <= torch.finfo(logits.dtype).max / 4, g, 0.0)
+    return torch.where(logits.abs() <= _limit(logits), g, 0.0)
 
 
 class _Sinkhorn(torch.autograd.Function):
