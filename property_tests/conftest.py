@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import config as jaxtyping_config
 
-shared = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+shared = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", max_examples=25, **shared)
 settings.register_profile("ci", max_examples=200, derandomize=True, **shared)
 settings.register_profile("mutations", max_examples=12, derandomize=True, phases=[Phase.generate], **shared)

@@ -28,6 +28,15 @@ def function(name, n):
     return partial(fn.project, n=n, projection=name)
 
 
+def derivative(case, seed):
+    """The function of a case, its raw numbers, a direction of them, a cotangent, and what vjp makes of that."""
+    name, n, raw = case
+    f, generator = function(name, n), torch.Generator().manual_seed(seed)
+    res, pull = torch.func.vjp(f, raw)
+    direction, cotangent = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (raw, res))
+    return f, raw, direction, cotangent, pull(cotangent)[0]
+
+
 @given(raw_numbers(BIRKHOFF))
 def test_entries_are_not_negative_and_rows_sum_to_one(case):
     name, n, raw = case
@@ -62,22 +71,16 @@ def test_products_of_doubly_stochastic_matrices_stay_so_and_their_gain_is_one(ca
 
 @given(raw_numbers(TWICE, scale=1.0, dtype=torch.float64), st.integers(0, 2**32))
 def test_gradient_of_every_projection_equals_the_central_difference(case, seed):
-    name, n, raw = case
-    f, generator = function(name, n), torch.Generator().manual_seed(seed)
-    res, pull = torch.func.vjp(f, raw)
-    direction, cotangent = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (raw, res))
+    f, raw, direction, cotangent, pulled = derivative(case, seed)
     slope = (cotangent * (f(raw + 1e-5 * direction) - f(raw - 1e-5 * direction))).sum() / 2e-5
-    assert torch.allclose((pull(cotangent)[0] * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+    assert torch.allclose((pulled * direction).sum(), slope, rtol=1e-5, atol=1e-7)
 
 
 @given(raw_numbers(TWICE, scale=1.0, dtype=torch.float64), st.integers(0, 2**32))
 def test_jvp_is_the_transpose_of_vjp(case, seed):
-    name, n, raw = case
-    f, generator = function(name, n), torch.Generator().manual_seed(seed)
-    res, pull = torch.func.vjp(f, raw)
-    direction, cotangent = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (raw, res))
+    f, raw, direction, cotangent, pulled = derivative(case, seed)
     _, tangent = torch.func.jvp(f, (raw,), (direction,))
-    assert torch.allclose((tangent * cotangent).sum(), (direction * pull(cotangent)[0]).sum(), rtol=1e-8, atol=1e-10)
+    assert torch.allclose((tangent * cotangent).sum(), (direction * pulled).sum(), rtol=1e-8, atol=1e-10)
 
 
 @given(st.integers(1, 4), st.integers(0, 2**32), st.randoms(use_true_random=False))

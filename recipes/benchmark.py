@@ -5,20 +5,14 @@ ratios medians of the ratios within a round.
 """
 
 import dataclasses
-import datetime
 import gc
-import importlib.metadata
 import importlib.util
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +21,14 @@ from torch import Tensor, nn
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.program import make_train_step
-from rlm_mhc.program.monitors import Sampled, mhc_metrics, sample
+from rlm_mhc.program.monitors import join, mhc_metrics, sample
 from rlm_mhc.program.precision import init_loss_scale
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.testing.measure import provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command, pick_device
-from rlm_mhc.train.device import describe, peak_rate, product_rate
+from rlm_mhc.train.device import peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token
 from rlm_mhc.tree import tree_map
 from rlm_mhc.validation import at_least, check, one_of, section
@@ -210,22 +205,6 @@ def subjects(run: BenchmarkConfig, batch: fn.Batch) -> list[Subject]:
     return found
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of a CUDA device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(step: Callable[[], Tensor], device: torch.device, count: int = 1) -> float:
-    """Seconds per step."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
 def measure(found: list[Subject], device: torch.device, rounds: int) -> None:
     """First steps and memory one by one, then the rounds; on CUDA a subject's state lives only while it runs."""
     steps: dict[str, Callable[[], Tensor]] = {}
@@ -260,9 +239,7 @@ def monitors_seconds(run: BenchmarkConfig, device: torch.device) -> float:
     res = fn.sinkhorn_knopp(torch.randn(run.batch_size, run.length, n, n, device=device))
 
     def monitor() -> Tensor:
-        parts = [sample((res, res), streams) for _ in range(layers)]
-        whole = Sampled(sum((p.res for p in parts), ()), sum((p.dominance for p in parts), ()))
-        return mhc_metrics(whole, streams)["mhc/gain_backward"]
+        return mhc_metrics(join([sample((res, res), streams) for _ in range(layers)]), streams)["mhc/gain_backward"]
 
     return statistics.median(timed(monitor, device) for _ in range(20))
 
@@ -315,13 +292,8 @@ def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> 
         }
         for s in found
     ]
-    packages = ["torch", "transformers", "hyper_connections", "triton"]
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "device": describe(device),
-        "processor": processor(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages if version(p)}},
+        **provenance(device, ["torch", "transformers", "hyper_connections", "triton"]),
         "precision": run.precision(device),
         "tokens_per_step": tokens,
         "model": dataclasses.asdict(run.model),
@@ -335,21 +307,6 @@ def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> 
         "monitors_ms": 1e3 * monitors_seconds(run, device),
         "first_step_s": {},
     }
-
-
-def version(package: str) -> str | None:
-    """A package's version, or None where it is not installed."""
-    try:
-        return importlib.metadata.version(package.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    """The CPU by name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(result: dict[str, Any]) -> str:
@@ -395,11 +352,8 @@ def main(run: BenchmarkConfig) -> None:
     for layers in (4, 24) if run.first_step else ():
         result["first_step_s"][str(layers)] = seconds = first_step_seconds(layers)
         print(f"first step at {layers} layers, empty cache: {f'{seconds:.1f} s' if seconds else 'failed'}")
-    folder = Path(run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"benchmark_{device.type}_{run.model.hidden_dim}x{run.model.num_layers}_{run.precision(device)}.json"
-    (folder / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {folder / name}")
+    print(f"written to {write_result(run.output_dir, name, result)}")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,17 @@ them. Prints a table and writes `projections_<device>.json`.
 """
 
 import dataclasses
-import datetime
-import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.program.hyper import projection_halves
+from rlm_mhc.testing.measure import provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.train import command, pick_device
-from rlm_mhc.train.device import describe
 from rlm_mhc.validation import at_least, check, one_of
 from rlm_mhc.variants import PROJECTIONS
 
@@ -72,21 +65,10 @@ def cost(run: ProjectionsConfig, name: str, n: int, device: torch.device) -> dic
     measured = {}
     for half, call in (("forward", lambda: forward(raw)), ("backward", lambda: backward(raw, cotangent))):
         call()
-        measured[f"{half}_ns"] = 1e9 * median_seconds(call, run.rounds, device) / run.tokens
+        seconds = statistics.median(timed(call, device) for _ in range(run.rounds))
+        measured[f"{half}_ns"] = 1e9 * seconds / run.tokens
         measured[f"{half}_bytes"] = peak_bytes(call, device) / run.tokens
     return measured
-
-
-def median_seconds(call: Callable[[], Tensor], rounds: int, device: torch.device) -> float:
-    """The median of several calls, a device's work included."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -118,21 +100,14 @@ def main(run: ProjectionsConfig) -> None:
                 print(f"{name}, n={n}: measured", file=sys.stderr, flush=True)
     print(table(rows))
     result = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "device": describe(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        **provenance(device, ["torch"]),
         "tokens": run.tokens,
         "num_iters": run.num_iters,
         "compiled": run.compile,
         "scales": SCALES,
         "rows": rows,
     }
-    folder = Path(run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"projections_{device.type}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {file}")
+    print(f"written to {write_result(run.output_dir, f'projections_{device.type}.json', result)}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,9 @@ Prints a table and writes it as JSON, with two pictures. Run it on an otherwise 
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,8 +20,10 @@ import torch
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.data import Position, Prepared, builtin_source, jsonl_source, next_batch, prepare
 from rlm_mhc.program import TrainState, init_train_state, make_train_step
+from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.train import DataConfig, RunConfig, command, pick_device
-from rlm_mhc.train.device import check_compiler, describe
+from rlm_mhc.train.curves import label_axes, save_figure
+from rlm_mhc.train.device import check_compiler
 from rlm_mhc.train.loop import evaluate
 from rlm_mhc.validation import at_least, check, one_of, positive
 
@@ -37,7 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "identity": {"mhc_preset": "identity"},
 }
 COLOURS = {"residual": "#333333", "hc": "#d6604d", "mhc": "#2166ac", "identity": "#5aae61"}
-INK = "#333333"
 FINAL_SHARE = 0.05
 EARLY_SHARE = 0.15
 SPIKE = 3.0
@@ -205,24 +201,11 @@ def summary(run: StabilityConfig, name: str, runs: Sequence[Run]) -> dict[str, A
 
 def report(run: StabilityConfig, runs: Sequence[Run], device: torch.device) -> dict[str, Any]:
     """Everything measured, as JSON values."""
-    packages = ["torch", "numpy", "transformers", "tokenizers"]
     return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
-        "device": describe(device),
-        "processor": processor(),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        **provenance(device, ["torch", "numpy", "transformers", "tokenizers"]),
         "config": dataclasses.asdict(run),
         "rows": [summary(run, name, [r for r in runs if r.variant == name]) for name in VARIANTS],
     }
-
-
-def processor() -> str:
-    """The CPU by name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def table(result: dict[str, Any]) -> str:
@@ -277,10 +260,10 @@ def draw_losses(run: StabilityConfig, runs: Sequence[Run], file: Path, title: st
             axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             late.append(curves[:, int(EARLY_SHARE * run.steps) :].compressed())
         limit_to(axes, np.concatenate(late))
-        decorate(axes, name, label)
+        label_axes(axes, name, label)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
-    save(figure, file, title)
+    save_figure(figure, file, title)
 
 
 def limit_to(axes: Any, values: np.ndarray) -> None:
@@ -307,11 +290,11 @@ def draw_gains(runs: Sequence[Run], file: Path, title: str) -> None:
         mesh = axes.pcolormesh(steps, np.arange(len(gains)), gains, norm=norm, cmap="viridis", shading="nearest")
         if gains.min() < MARKED_GAIN < gains.max():
             axes.contour(steps, np.arange(len(gains)), gains, [MARKED_GAIN], colors="white", linewidths=1.0)
-        decorate(axes, f"{name}: {gains.min():.4g} to {gains.max():.4g}", "")
+        label_axes(axes, f"{name}: {gains.min():.4g} to {gains.max():.4g}", "")
     panels[0].set_ylabel("sub-layer (0 is next to the embedding)")
     bar = figure.colorbar(mesh, ax=list(panels))
     bar.set_label(f"backward gain from the top to the sub-layer; white line: {MARKED_GAIN:g}")
-    save(figure, file, title)
+    save_figure(figure, file, title)
 
 
 def mean_gains(runs: Sequence[Run]) -> tuple[list[int], np.ndarray]:
@@ -324,28 +307,11 @@ def mean_gains(runs: Sequence[Run]) -> tuple[list[int], np.ndarray]:
     return longest.probed, np.stack(means, axis=-1)
 
 
-def decorate(axes: Any, title: str, label: str) -> None:
-    """Titles and lines as in all pictures of this package."""
-    axes.set_title(title, color=INK, fontsize=11)
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def save(figure: Any, file: Path, title: str) -> None:
-    """Write a PNG that replaces the former one."""
-    figure.suptitle(title, color=INK, fontsize=12)
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
-
-
 def main(run: StabilityConfig) -> None:
     """Train, print, write, draw."""
     device = pick_device(run.device)
     check_compiler(device, run.compile)
     results, work = Path(run.output_dir), Path(run.work_dir)
-    results.mkdir(parents=True, exist_ok=True)
     source = jsonl_source(run.train_path, key="train_path") if run.train_path else builtin_source()
     tokens = work / "tokens"
     data = prepare(tokens, source, None, tokenizer="auto", vocab_size=run.vocab_size, max_length=run.length)
@@ -356,8 +322,7 @@ def main(run: StabilityConfig) -> None:
     (work / "series.json").write_text(json.dumps([dataclasses.asdict(r) for r in runs]) + "\n", encoding="utf-8")
     result = report(run, runs, device)
     print(table(result))
-    file = results / f"stability_{device.type}_{run.width}x{run.layers}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    file = write_result(results, f"stability_{device.type}_{run.width}x{run.layers}.json", result)
     title = (
         f"{run.layers} layers of width {run.width}, learning rate {run.lr:g}, {run.seeds} seed{'s' * (run.seeds > 1)}"
     )

@@ -55,7 +55,7 @@ class ModelConfig:
                 f"num_heads={self.num_heads}: must divide hidden_dim={self.hidden_dim}, "
                 "or set head_dim to choose the width of a head"
             )
-        for name, value in _derived_sizes(self).items():
+        for name, value in _derived(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.num_heads % self.kv_heads:
@@ -131,7 +131,7 @@ class ModelConfig:
         64
         """
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        derived = {name: None for name, value in _derived_sizes(self).items() if kept[name] == value}
+        derived = {name: None for name, value in _derived(self).items() if kept[name] == value}
         return ModelConfig(**(kept | derived | changes))
 
 
@@ -228,7 +228,7 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
 
-def _derived_sizes(config: ModelConfig) -> dict[str, Any]:
+def _derived(config: ModelConfig) -> dict[str, Any]:
     return {
         "mhc_projection": variants.PRESETS[config.mhc_preset].projection,
         "num_kv_heads": config.num_heads,

@@ -102,3 +102,21 @@ PRESETS = {
     "kron": Preset("arXiv 2601.21579", projection="kronecker", fixed=True),
     "orthostochastic": Preset("arXiv 2604.02309", projection="orthostochastic", fixed=True),
 }
+
+
+def preset_named(name: str) -> Preset:
+    """A row of `PRESETS`.
+
+    Raises:
+        ValueError: on an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def projection_named(name: str) -> Projection:
+    """A row of `PROJECTIONS`; errors as `preset_named`."""
+    if name not in PROJECTIONS:
+        raise ValueError(f"projection={name!r}: expected one of {', '.join(PROJECTIONS)}")
+    return PROJECTIONS[name]

@@ -11,7 +11,6 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.mhc import EarlyPre, collapse_learned, collapse_streams, expand_streams
-from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import LMParams
 from rlm_mhc.types import Hidden, Logits, RotaryTable, Tokens
@@ -82,8 +81,8 @@ def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Any:
     streams = expand_streams(x, config.mhc_flows)
     if not PRESETS[config.mhc_preset].early_pre:
         return streams
-    first = F.one_hot(torch.zeros((), dtype=torch.int64, device=x.device), config.mhc_flows)
-    pre = first.to(widen(x[..., :0]).dtype).expand(streams.shape[:-1])
+    first = torch.arange(config.mhc_flows, device=x.device) == 0
+    pre = first.to(torch.promote_types(x.dtype, torch.float32)).expand(streams.shape[:-1])
     return EarlyPre(streams, pre.contiguous())
 
 

@@ -9,7 +9,7 @@ One sub-layer `F` (attention or MLP, with its pre-norm) on streams `x: [*b, n, c
 `res[i, j]` maps input stream j to output stream i and is applied as it stands, never transposed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.projections import project
 from rlm_mhc.params import MHCHead, MHCParams
 from rlm_mhc.types import Hidden, PerStream, StreamMatrix, Streams
-from rlm_mhc.variants import PRESETS, PROJECTIONS
+from rlm_mhc.variants import PRESETS, preset_named, projection_named
 
 
 class MHCMappings(NamedTuple):
@@ -38,6 +38,11 @@ class EarlyPre(NamedTuple):
 
     streams: Tensor
     pre: Tensor
+
+
+def streams_of(hidden: Any) -> Tensor:
+    """The streams of a state between sub-layers, whether `pre` is beside them or not."""
+    return hidden.streams if isinstance(hidden, EarlyPre) else hidden
 
 
 def mhc_mappings(
@@ -75,11 +80,9 @@ def mhc_mappings(
     torch.Size([2, 5, 4, 4])
     """
     n, c = streams.shape[-2:]
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r}: expected one of {', '.join(PRESETS)}")
-    row = PRESETS[preset]
+    row = preset_named(preset)
     projection = projection or row.projection
-    size = 2 * n + PROJECTIONS[projection].raw_size(n) if projection in PROJECTIONS else params.phi.shape[-1]
+    size = 2 * n + projection_named(projection).raw_size(n)
     if params.phi.shape != (n * c, size):
         form = "[n·c, 2n+n²]" if size == 2 * n + n * n else f"[n·c, 2n+k] with the k of {projection}"
         raise ValueError(f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need {form} = {(n * c, size)}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.sinkhorn import sinkhorn_knopp
 from rlm_mhc.types import StreamMatrix
-from rlm_mhc.variants import ORTHOSTOCHASTIC_BLOCK, PROJECTIONS
+from rlm_mhc.variants import ORTHOSTOCHASTIC_BLOCK, projection_named
 
 Raw = Float[Tensor, "*b k"]
 LARGEST_SKEW = 1e6
@@ -53,9 +53,7 @@ def project(
     >>> project(torch.zeros(2), 4, "kronecker")[0]
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
-    if projection not in PROJECTIONS:
-        raise ValueError(f"projection={projection!r}: expected one of {', '.join(PROJECTIONS)}")
-    rule = PROJECTIONS[projection]
+    rule = projection_named(projection)
     if not rule.fits(n):
         raise ValueError(f"n={n}: {projection} needs {rule.needs}")
     if raw.shape[-1] != rule.raw_size(n):

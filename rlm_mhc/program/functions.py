@@ -13,7 +13,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.lm import enter, head
 from rlm_mhc.fn.loss import token_loss_sum
-from rlm_mhc.fn.mhc import EarlyPre
+from rlm_mhc.fn.mhc import streams_of
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import Embedding, Linear, LMParams, MHCHead, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
@@ -82,8 +82,7 @@ def make_functions(
 
     def forward(weights: Weights, hidden: Any) -> tuple[Any, Any, Sampled]:
         hidden, kept = keeping.forward(weights, hidden)
-        streams = hidden.streams if isinstance(hidden, EarlyPre) else hidden
-        sampled = sample(residual_mappings(kept, config), streams)
+        sampled = sample(residual_mappings(kept, config), streams_of(hidden))
         return _contiguous(hidden), () if remat == "full" else kept, sampled
 
     def backward(weights: Weights, hidden: Any, kept: Any, cotangent: Any) -> tuple[Any, Any]:

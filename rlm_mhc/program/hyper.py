@@ -85,7 +85,7 @@ def mappings_stage(site: str, config: ModelConfig, kernels: Kernels) -> Stage:
 
         return stage(mapped, *names)
 
-    project, pull_project = projection_halves(config)
+    to_res, pull_res = projection_halves(config)
 
     def activated(h: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return activate(h, alpha, bias, n, preset)
@@ -96,13 +96,13 @@ def mappings_stage(site: str, config: ModelConfig, kernels: Kernels) -> Stage:
         scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
         h = scale * (flat @ phi.to(flat.dtype))
         pre, post, raw = activated(h, alpha, bias)
-        return Mappings(pre, post, project(raw)), (h, scale)
+        return Mappings(pre, post, to_res(raw)), (h, scale)
 
     def backward(weights: Weights, x: Tensor, kept: tuple[Tensor, Tensor], cotangent: Mappings) -> tuple[Grads, Tensor]:
         phi, alpha, bias = (weights[name] for name in names)
         h, scale = kept
         (_, _, raw), pull = pullback(activated, h, alpha, bias)
-        g_raw = pull_project(raw, widen(cotangent.res))
+        g_raw = pull_res(raw, widen(cotangent.res))
         g_h, g_alpha, g_bias = pull((widen(cotangent.pre), widen(cotangent.post), g_raw))
         # h = scale · (flat @ phi), and the derivative of scale by flat is -scale³ · flat / size.
         flat = widen(x.flatten(-2))

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.fn.loss import Batch
-from rlm_mhc.fn.mhc import EarlyPre
+from rlm_mhc.fn.mhc import streams_of
 from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Functions
 from rlm_mhc.program.head import run_head
-from rlm_mhc.program.monitors import Sampled
+from rlm_mhc.program.monitors import Sampled, join
 from rlm_mhc.program.stage import Weights
 
 
@@ -39,13 +39,13 @@ def run_microbatch(
     """
     states: dict[int, Any] = {}
     kept: dict[int, Any] = {}
-    sampled = Sampled((), ())
+    sampled: list[Sampled] = []
     hidden = run.embed(params.embed_tokens.weight, batch.tokens)
     for index, weights in enumerate(layers):
         if index % period == 0:
             states[index] = hidden
-        hidden, kept[index], seen = run.forward(weights, hidden)
-        sampled = Sampled(sampled.res + tuple(seen.res), sampled.dominance + tuple(seen.dominance))
+        hidden, kept[index], of_layer = run.forward(weights, hidden)
+        sampled.append(of_layer)
     loss, cotangent = run_head(run.head, params, into, hidden, batch.targets, scale)
     del hidden
     for index in reversed(range(len(layers))):
@@ -56,11 +56,11 @@ def run_microbatch(
         add(index, grads)
         del grads
     # A token may occur thousands of times: its rows are summed in fp32, in any precision.
-    streams = cotangent.streams if isinstance(cotangent, EarlyPre) else cotangent
+    streams = streams_of(cotangent)
     wide = torch.promote_types(streams.dtype, torch.float32)
     rows = streams.sum(-2, dtype=wide) if streams.dim() > 3 else streams.to(wide)
     _add_rows(into.embed_tokens.weight, batch.tokens.flatten(), rows.flatten(0, 1))
-    return loss, sampled
+    return loss, join(sampled)
 
 
 def _add_rows(matrix: Tensor, tokens: Tensor, rows: Tensor) -> None:

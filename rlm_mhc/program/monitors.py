@@ -1,5 +1,7 @@
 """What a step reports of mHC, from a few tokens of each layer, on the device: no host waits for it."""
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,12 @@ def sample(res: tuple[Tensor, ...], streams: Tensor) -> Sampled:
     if not res:
         return Sampled((), ())
     return Sampled(tuple(_spread(x).clone() for x in res), (stream_dominance(_spread(streams)),))
+
+
+def join(layers: Iterable[Sampled]) -> Sampled:
+    """One for all layers, in their order."""
+    res, dominance = zip(*layers, strict=True)
+    return Sampled(tuple(chain(*res)), tuple(chain(*dominance)))
 
 
 def mhc_metrics(sampled: Sampled, like: Tensor) -> dict[str, Tensor]:

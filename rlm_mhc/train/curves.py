@@ -33,16 +33,26 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") 
         axes = figure.add_subplot(grid[number // 2, number % 2])
         for key in keys:
             _draw_series(axes, key, [(r["step"], r[key]) for r in records if r.get(key) is not None])
-        axes.set_title(name, color=INK, fontsize=11)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        label_axes(axes, name, label)
         axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.ticklabel_format(axis="y", useOffset=False)
         if len(keys) > 1:
             axes.legend(frameon=False)
     if layered:
         _draw_layers(figure, figure.add_subplot(grid[:, 2]), layered)
+    save_figure(figure, file, title)
+
+
+def label_axes(axes: Any, title: str, label: str) -> None:
+    """Title, the step below, and what is shown over it, as in all pictures of this package."""
+    axes.set_title(title, color=INK, fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Any, file: Path, title: str) -> None:
+    """Write a PNG that replaces the former one."""
     figure.suptitle(title, color=INK, fontsize=12)
     temporary = file.with_name(f".{file.name}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
@@ -69,7 +79,5 @@ def _draw_layers(figure: Any, axes: Any, layered: Sequence[tuple[int, Sequence[f
     mesh = axes.pcolormesh(edges, [i - 0.5 for i in range(len(rows) + 1)], rows, norm=norm, cmap="viridis")
     bar = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.9)
     bar.set_label("largest column sum of the mappings from the top down to the layer")
-    axes.set_title("backward gain by layer", color=INK, fontsize=11)
-    axes.set_xlabel("step")
-    axes.set_ylabel("layer (0 is next to the embedding)")
+    label_axes(axes, "backward gain by layer", "layer (0 is next to the embedding)")
     axes.yaxis.get_major_locator().set_params(integer=True)

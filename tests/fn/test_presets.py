@@ -78,7 +78,7 @@ def test_the_eps_of_deepseek_v4_shows_in_float64(n):
 
 def early_pre_by_hand(modules, x, branches):
     """Sub-layers whose `pre` comes from the one before, of their modules: the first reads stream 0, the last `pre`
-    collapses the streams. Their modules give `pre` only applied: to the identity in place of streams it is itself."""
+    collapses the streams. Their modules give `pre` only applied, so it is written out here."""
     streams = x.unsqueeze(-2).repeat_interleave(4, -2)
     u = streams[..., 0, :]
     for module, branch in zip(modules, branches, strict=True):
