@@ -31,6 +31,7 @@ from rlm_mhc.train.device import check_compiler
 from rlm_mhc.train.kernels import pick_kernels
 from rlm_mhc.train.log import MetricsLog, report_to, require_wandb, start_wandb
 from rlm_mhc.train.output import CHECKPOINTS, METRICS_FILE, begin_output
+from rlm_mhc.train.signals import watch_signals
 from rlm_mhc.train.start import starting_point
 from rlm_mhc.train.text import sample_text
 
@@ -68,7 +69,7 @@ def pretrain(run: RunConfig, device: torch.device, ranks: Ranks) -> None:
             vocab_size=run.model.vocab_size,
             max_length=run.data.max_length,
         )
-    start = starting_point(run, checkpoint, data, device)
+    start = starting_point(run, checkpoint, data, device, ranks)
     require_agreement(
         ranks,
         lambda: {
@@ -88,7 +89,8 @@ def pretrain(run: RunConfig, device: torch.device, ranks: Ranks) -> None:
         announce=lambda number, of, name: print(f"compiling    {number}/{of}: {name} …", flush=True),
     )
     if not ranks.is_first:
-        train(run, start, step, data, plan, ranks=ranks)
+        with watch_signals(ranks) as signals:
+            train(run, start, step, data, plan, ranks=ranks, signals=signals)
         return
 
     folder = begin_output(run, checkpoint)
@@ -96,17 +98,22 @@ def pretrain(run: RunConfig, device: torch.device, ranks: Ranks) -> None:
     log = MetricsLog(folder / METRICS_FILE, int(start.state.step))
     if start.state.step >= run.training.max_steps:
         print(f"nothing left: training.max_steps={run.training.max_steps} are done", flush=True)
-    state = train(run, start, step, data, plan, log, report=report_to(wandb_run), ranks=ranks)
-    log.close()
+    with watch_signals(ranks) as signals:
+        state = train(run, start, step, data, plan, log, report=report_to(wandb_run), ranks=ranks, signals=signals)
     if wandb_run:
         wandb_run.finish()
+    newest = (checkpoints(folder / CHECKPOINTS) or [checkpoint])[-1]
+    if state.step < run.training.max_steps:
+        print(
+            f"stopped      after step {int(state.step)}, saved as {newest}; the same command with resume=auto goes on"
+        )
+        return
 
     losses = [r["eval/loss"] for r in log.records if r.get("eval/loss") is not None]
     if losses:
         print(f"eval loss    {losses[0]:.3f} at the start, {losses[-1]:.3f} now")
     text = sample_text(state.params, run.model, data.tokenizer, "The", seed=run.seed)
     print("sample text:\n" + textwrap.indent(text, "    "))
-    newest = (checkpoints(folder / CHECKPOINTS) or [checkpoint])[-1]
     print(f"written to   {folder} (curves.png, metrics.jsonl); newest checkpoint: {newest}")
 
 

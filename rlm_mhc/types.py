@@ -11,6 +11,7 @@
 | `f` | width of the MLP (`ffn_dim`) |
 | `v` | vocabulary |
 | `m` | raw mappings of one sub-layer, `2n + n²` |
+| `leaves` | tensors of a tree, in its order |
 | `out`, `in` | direction of a square or weight axis: `w[out, in]` maps `in` to `out` |
 """
 

@@ -11,7 +11,7 @@ import rlm_mhc
 
 ROOT = Path(rlm_mhc.__file__).parent
 LAYERS = [
-    ("validation", "variants"),
+    ("validation", "variants", "disk"),
     ("types", "config"),
     ("tree", "params"),
     ("fn",),

@@ -1,6 +1,35 @@
 """Weights, optimizer and run state on disk."""
 
-from rlm_mhc.checkpoint.run import checkpoints, load_run, save_run
-from rlm_mhc.checkpoint.weights import load_pretrained, save_pretrained
+from rlm_mhc.checkpoint.generators import generator_states, restore_generators
+from rlm_mhc.checkpoint.run import (
+    checkpoints,
+    describe_run,
+    is_run,
+    load_run,
+    newest_whole,
+    recover,
+    save_run,
+    set_aside,
+    verify_run,
+)
+from rlm_mhc.checkpoint.weights import load_config, load_pretrained, save_pretrained
+from rlm_mhc.checkpoint.writer import Writer, snapshot
 
-__all__ = ["checkpoints", "load_pretrained", "load_run", "save_pretrained", "save_run"]
+__all__ = [
+    "Writer",
+    "checkpoints",
+    "describe_run",
+    "generator_states",
+    "is_run",
+    "load_config",
+    "load_pretrained",
+    "load_run",
+    "newest_whole",
+    "recover",
+    "restore_generators",
+    "save_pretrained",
+    "save_run",
+    "set_aside",
+    "snapshot",
+    "verify_run",
+]

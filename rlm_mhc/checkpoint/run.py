@@ -1,31 +1,38 @@
-"""A training run on disk: numbered checkpoint folders, each complete or absent."""
+"""A training run on disk: numbered checkpoint folders, each whole or absent, with a manifest that tells damage."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from rlm_mhc.checkpoint.weights import load_pretrained, save_pretrained
+from rlm_mhc.checkpoint.weights import load_pretrained, read_json, require_fit, save_pretrained
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.disk import CHECKSUM, checksum, sync, sync_tree
 from rlm_mhc.params import LMParams
 from rlm_mhc.tree import from_named, named_leaves
 
 OPTIMIZER_FILE = "optimizer.pt"
+GENERATORS_FILE = "generators.pt"
 STATE_FILE = "trainer_state.json"
+LARGEST_STATE_BYTES = 1 << 26
 
 
 class Run(NamedTuple):
-    """A loaded checkpoint: parameters, their config, the optimizer's tree, and `trainer_state.json` as a dict."""
+    """A loaded checkpoint: parameters, their config, the optimizer's tree, `trainer_state.json` as a dict without its
+    manifest, and the states of the random generators by rank."""
 
     params: LMParams
     config: ModelConfig
     optimizer: Any
     trainer_state: dict[str, Any]
+    generators: list[dict[str, Any]]
 
 
 def save_run(
@@ -36,39 +43,42 @@ def save_run(
     trainer_state: dict[str, Any],
     *,
     keep: int,
+    generators: list[dict[str, Any]] | tuple[()] = (),
     extras: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Write `folder/checkpoint-<step>`, then remove all but the newest `keep`; returns the new one's path.
 
-    The files go to a temporary sibling that is renamed when all are there, so a folder by that name is whole.
-    `trainer_state` must hold `step` and only JSON values; `extras(path)` adds files of the caller's own.
+    The files go to a temporary sibling, are flushed to the disk, described in a manifest (size and checksum of each,
+    in `trainer_state.json`, which carries one of its own), and renamed: a folder by that name is whole, also after a
+    crash of the machine. `trainer_state` must hold `step` and only JSON values; `extras(path)` adds files of the
+    caller's own.
 
     Raises:
-        OSError: when it cannot be written, the disk being full for one; nothing of it is left then.
+        OSError: when it cannot be written, the disk being full for one; nothing of it is left then, and those written
+            before are as they were.
     """
-    from safetensors import SafetensorError
-
     final = folder / f"checkpoint-{trainer_state['step']}"
     temporary, aside = folder / f".{final.name}.tmp", folder / f".{final.name}.old"
-    for stale in (*folder.glob(".checkpoint-*.tmp"), *folder.glob(".checkpoint-*.old")):
-        shutil.rmtree(stale)  # of a killed run
-    temporary.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     try:
+        temporary.mkdir()
         save_pretrained(temporary, params, config)
-        torch.save({name: leaf.cpu() for name, leaf in named_leaves(optimizer).items()}, temporary / OPTIMIZER_FILE)
-        (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2) + "\n", encoding="utf-8")
+        _save_pickle({name: leaf.cpu() for name, leaf in named_leaves(optimizer).items()}, temporary / OPTIMIZER_FILE)
+        _save_pickle(list(generators), temporary / GENERATORS_FILE)
         extras(temporary)
-    except BaseException as error:
+        _write_state(temporary, trainer_state)
+        sync_tree(temporary)
+        if final.exists():
+            os.replace(final, aside)
+        os.replace(temporary, final)
+        sync(folder)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, (RuntimeError, SafetensorError)):  # what torch and safetensors make of a full disk
-            raise OSError(f"{final}: cannot be written ({' '.join(str(error).split())[:200]})") from None
         raise
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(temporary, final)
     shutil.rmtree(aside, ignore_errors=True)
     for old in [path for path in checkpoints(folder) if path != final][: 1 - keep or None]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
 
 
@@ -78,26 +88,156 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def load_run(path: Path, optimizer: Callable[[LMParams], Any], device: torch.device | str = "cpu") -> Run:
+def recover(folder: Path) -> None:
+    """Clear up after a killed save: what was half written or half removed goes, and a checkpoint that was moved aside
+    for one that never came returns to its place."""
+    for aside in folder.glob(".checkpoint-*.old"):
+        final = folder / aside.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            os.replace(aside, final)
+    for stale in (path for kind in ("tmp", "old", "gone") for path in folder.glob(f".checkpoint-*.{kind}")):
+        shutil.rmtree(stale)
+
+
+def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
+    """The newest checkpoint that is whole; of each newer one, `say` receives what is wrong with it. None where there
+    is no checkpoint at all.
+
+    Raises:
+        ValueError: when there are some, and none is whole.
+    """
+    recover(folder)
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            verify_run(path)
+            return path
+        except (ValueError, OSError) as error:
+            say(f"{error}; it is passed over")
+    if found:
+        raise ValueError(f"{folder}: none of its {len(found)} checkpoints is whole; start over with overwrite=true")
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to `<name>.damaged`, where it is in nobody's way and can be looked at."""
+    target = path.with_name(path.name + ".damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(path, target)
+    return target
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint, without the manifest.
+
+    Raises:
+        FileNotFoundError: when the folder or that file is missing.
+        ValueError: when it is damaged.
+    """
+    return _read_state(path)[0]
+
+
+def verify_run(path: Path) -> None:
+    """Compare every file of a checkpoint with the manifest.
+
+    Raises:
+        FileNotFoundError: when the folder or a file of it is missing.
+        ValueError: naming the first file that is not what was written, and how.
+    """
+    for name, written in _read_state(path)[1].items():
+        file = path / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{path}: damaged, it has no {name}")
+        if (size := file.stat().st_size) != written["size"]:
+            raise ValueError(f"{file}: damaged, it has {size} bytes and {written['size']} were written")
+        if checksum(file) != written[CHECKSUM]:
+            raise ValueError(f"{file}: damaged, its content is not what was written (its checksum differs)")
+
+
+def load_run(
+    path: Path, optimizer: Callable[[LMParams], Any], device: torch.device | str = "cpu", *, verify: bool = True
+) -> Run:
     """Read what `save_run` wrote; `optimizer(params)` gives a tree of the optimizer's structure.
+
+    With `verify` every byte is compared with the manifest first. No pickled code is run, with or without.
 
     Raises:
         FileNotFoundError: when the folder or a file of it is missing.
         ValueError: on a damaged file or one that does not fit.
     """
-    params, config = load_pretrained(path, device=device)
-    for name in (OPTIMIZER_FILE, STATE_FILE):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path}: no {name}, so training cannot go on from it")
+    if verify:
+        verify_run(path)
+    trainer_state = describe_run(path)
+    params, config = load_pretrained(path, device=device, verify=False)
+    example = optimizer(params)
+    named = _load_pickle(path / OPTIMIZER_FILE, dict, device)
+    expected = {name: tuple(leaf.shape) for name, leaf in named_leaves(example).items()}
+    strangers = [name for name, leaf in named.items() if not isinstance(leaf, Tensor)]
+    if strangers:
+        raise ValueError(f"{path / OPTIMIZER_FILE}: {strangers[0]!r} is no tensor")
+    require_fit(named, expected, str(path / OPTIMIZER_FILE))
+    generators = _load_pickle(path / GENERATORS_FILE, list, "cpu")
+    return Run(params, config, from_named(example, named), trainer_state, generators)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds what training can go on from, and not weights alone."""
+    return (path / STATE_FILE).is_file()
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that no half of it ever bears its name."""
+    gone = path.with_name(f".{path.name}.gone")
+    with suppress(OSError):  # a checkpoint too many is no reason to stop
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+
+
+def _write_state(folder: Path, trainer_state: Mapping[str, Any]) -> None:
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, CHECKSUM: checksum(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    state = {**trainer_state, "files": files}
+    text = json.dumps({**state, CHECKSUM: _state_checksum(state)}, indent=2, allow_nan=False) + "\n"
+    (folder / STATE_FILE).write_text(text, encoding="utf-8")
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`trainer_state.json`, and the manifest in it."""
+    file = path / STATE_FILE
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such checkpoint folder")
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: no {STATE_FILE}, so training cannot go on from it")
+    state = read_json(file, LARGEST_STATE_BYTES)
+    if state.pop(CHECKSUM, None) != _state_checksum(state):
+        raise ValueError(f"{file}: damaged, its content is not what was written (its checksum differs)")
+    files = state.pop("files")
+    return state, files
+
+
+def _state_checksum(state: Mapping[str, Any]) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _save_pickle(value: Any, file: Path) -> None:
     try:
-        named = torch.load(path / OPTIMIZER_FILE, map_location=device, weights_only=True)
-        state = from_named(optimizer(params), named)
+        torch.save(value, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{file}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+
+
+def _load_pickle(file: Path, kind: type, device: torch.device | str) -> Any:
+    try:
+        value = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path / OPTIMIZER_FILE}: damaged or of another model ({error})") from None
-    try:
-        trainer_state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        if not isinstance(trainer_state, dict) or not isinstance(trainer_state.get("step"), int):
-            raise ValueError("it names no step")
-    except ValueError as error:
-        raise ValueError(f"{path / STATE_FILE}: damaged ({error})") from None
-    return Run(params, config, state, trainer_state)
+        # torch raises many kinds here, for damaged files as for pickles that would run code.
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"{file}: damaged, or not of tensors alone ({type(error).__name__}: {reason})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{file}: expected a {kind.__name__}, got a {type(value).__name__}")
+    return value

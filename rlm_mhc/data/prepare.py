@@ -29,6 +29,7 @@ class Prepared(NamedTuple):
     evaluation: Windows
     tokenizer: Any
     fingerprint: str
+    bad_fraction: float = 0.0
 
 
 def prepare(

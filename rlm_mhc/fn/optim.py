@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw as torch_adamw
 
 from rlm_mhc.tree import tree_leaves, tree_map
@@ -105,17 +105,26 @@ def adamw(
     return params, AdamWState(state.exp_avg, state.exp_avg_sq, state.step + done)
 
 
+def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
+    """`sqrt(Σ x²)` of each leaf, in tree order.
+
+    >>> leaf_norms((torch.tensor([3.0, 4.0]), torch.tensor([2.0])))
+    tensor([5., 2.])
+    """
+    leaves = tree_leaves(tree)
+    if {(leaf.device.type, leaf.dtype) for leaf in leaves} == {("cpu", torch.float32)}:
+        # On the CPU torch's norm of a list runs on one thread; a dot product runs on all.
+        return torch.stack([torch.dot(leaf.reshape(-1), leaf.reshape(-1)) for leaf in leaves]).sqrt()
+    return torch.stack(torch._foreach_norm(leaves))
+
+
 def global_norm(tree: Any) -> Scalar:
     """`sqrt(Σ x²)` over all leaves.
 
     >>> global_norm((torch.tensor([3.0]), torch.tensor([4.0])))
     tensor(5.)
     """
-    leaves = tree_leaves(tree)
-    if {(leaf.device.type, leaf.dtype) for leaf in leaves} == {("cpu", torch.float32)}:
-        # On the CPU torch's norm of a list runs on one thread; a dot product runs on all.
-        return torch.stack([torch.dot(leaf.reshape(-1), leaf.reshape(-1)) for leaf in leaves]).sum().sqrt()
-    return get_total_norm(leaves)
+    return torch.linalg.vector_norm(leaf_norms(tree))
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Scalar]:

@@ -3,10 +3,12 @@
 from rlm_mhc.parallel.agreement import checksum, code_version, require_agreement
 from rlm_mhc.parallel.ranks import (
     Ranks,
+    Vote,
     all_reduce,
     find_ranks,
     first_before_others,
     from_first,
+    gather,
     process_group,
     sum_over_ranks,
 )
@@ -14,12 +16,14 @@ from rlm_mhc.parallel.watch import watch_ranks
 
 __all__ = [
     "Ranks",
+    "Vote",
     "all_reduce",
     "checksum",
     "code_version",
     "find_ranks",
     "first_before_others",
     "from_first",
+    "gather",
     "process_group",
     "require_agreement",
     "sum_over_ranks",

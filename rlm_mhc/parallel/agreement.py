@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from rlm_mhc.parallel.ranks import Ranks
+from rlm_mhc.parallel.ranks import Ranks, gather
 from rlm_mhc.tree import tree_leaves
 
 WORDS_AT_ONCE = 1 << 24
@@ -23,8 +22,7 @@ def require_agreement(ranks: Ranks, find: Callable[[], dict[str, Any]]) -> None:
     """
     if ranks.world == 1:
         return
-    gathered: list[Any] = [None] * ranks.world
-    dist.all_gather_object(gathered, find())
+    gathered = gather(ranks, find())
     for rank, theirs in enumerate(gathered):
         for name, value in gathered[0].items():
             if theirs.get(name) != value:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,6 +93,42 @@ def all_reduce(vector: Tensor) -> Pending:
 def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     """A tensor summed over the ranks, now."""
     return all_reduce(values.clone()).wait() if ranks.world > 1 else values
+
+
+class Vote:
+    """A sum over the ranks of small numbers on the CPU that no rank waits for: what it gives in one step is what the
+    ranks said in the step before. Alone, it is what was said."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        # A group of its own: on CUDA the other one's sums are in the order of the device's work.
+        self.group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self.begun: Pending | None = None
+
+    def exchange(self, said: Tensor) -> Tensor:
+        """Say something, to be called as often by every rank; returns the sum of what all said at the last call, the
+        same on every rank, at first zeros."""
+        if self.group is None:
+            return said
+        before = self.begun.wait() if self.begun else torch.zeros_like(said)
+        work = dist.all_reduce(said, group=self.group, async_op=True)
+        assert work is not None
+        self.begun = Pending(said, work)
+        return before
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        if self.begun:
+            self.begun.wait()
+            self.begun = None
+
+
+def gather(ranks: Ranks, value: T) -> list[T]:
+    """Every rank's value, on all of them; it must be picklable."""
+    if ranks.world == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks.world
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def from_first(ranks: Ranks, compute: Callable[[], T]) -> T:

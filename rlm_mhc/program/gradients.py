@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +22,12 @@ Reduce = Callable[[Tensor], Any]
 
 
 class Gradients(NamedTuple):
-    """`scale ×` the sum of token losses; its gradient; the tensors that this consists of, which are fewer than its
-    leaves where those are views of one vector; and what is monitored."""
+    """`scale ×` the sum of token losses; its gradient; the tensors that this consists of, by layer and then those of
+    the rest, which are fewer than its leaves where those are views of one vector; and what is monitored."""
 
     loss: Tensor
     grads: LMParams
-    parts: list[Tensor]
+    parts: list[list[Tensor]]
     sampled: Sampled
 
 
@@ -78,7 +77,7 @@ def make_gradients(
             )
         )
         sampled = tree_map(lambda *tokens: torch.cat(tokens), *monitored)
-        return Gradients(torch.stack(losses).sum(), grads, list(chain(*parts)), sampled)
+        return Gradients(torch.stack(losses).sum(), grads, parts, sampled)
 
     return gradients
 

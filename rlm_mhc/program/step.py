@@ -10,7 +10,7 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.loss import Batch, count_targets
-from rlm_mhc.fn.optim import adamw, global_norm
+from rlm_mhc.fn.optim import adamw, leaf_norms
 from rlm_mhc.fn.schedule import cosine_schedule
 from rlm_mhc.params import cast, decay_mask
 from rlm_mhc.program.functions import Announce
@@ -49,12 +49,13 @@ def make_train_step(
     Returns:
         A step. Its batch holds `batch_size × gradient_accumulation_steps` sequences, run as that many microbatches;
         the loss is the mean over all counted targets of all ranks, however they are spread. Its metrics are 0-d
-        tensors: `loss`, `grad_norm` (before clipping), `lr`, and over sampled tokens of this rank and all layers
-        `mhc/amax_pre`, `mhc/amax_post` (largest entry of `res` at the attention and MLP sites), `mhc/gain_forward`,
-        `mhc/gain_backward` (see `fn.composite_gain`). Without mHC the residual is the identity: all four are 1. With
-        it there are also `mhc/row_error`, `mhc/column_error`, `mhc/dominance` and all of them by layer, such as
-        `mhc/gain_backward/layer_0`; see `rlm_mhc.program.monitors`.
-        With fp16 also `loss_scale`, and `skipped`: 1 where the gradient was not finite and nothing was updated.
+        tensors: `loss`, `grad_norm` (before clipping; `grad_norm/layer_0` and so on of one layer), `lr`, `skipped`
+        (1 where loss or gradient was not finite and nothing was updated), and over sampled tokens of this rank and
+        all layers `mhc/amax_pre`, `mhc/amax_post` (largest entry of `res` at the attention and MLP sites),
+        `mhc/gain_forward`, `mhc/gain_backward` (see `fn.composite_gain`). Without mHC the residual is the identity: all
+        four are 1. With it there are also `mhc/row_error`, `mhc/column_error`, `mhc/dominance` and all of them by
+        layer, such as `mhc/gain_backward/layer_0`; see `rlm_mhc.program.monitors`.
+        With fp16 also `loss_scale`.
 
     Raises:
         ValueError: from the step, when the batch has another number of sequences, or the state is of another precision.
@@ -101,8 +102,9 @@ def make_train_step(
             compute, microbatches, loss_scale / torch.where(counted > 0, counted, 1.0)
         )
         loss = _total(all_ranks, loss) / loss_scale
-        norm = global_norm(parts) / loss_scale
-        skipped = (~norm.isfinite()).to(torch.float32) if state.loss_scale else None
+        norms = _norms_by_layer(parts) / loss_scale
+        norm = torch.linalg.vector_norm(norms)
+        skipped = (~(norm + loss).isfinite()).to(torch.float32)
         grad_scale: Tensor | None = loss_scale * (norm / train_config.max_grad_norm).clamp(min=1)
         if norm.is_cpu and grad_scale == 1:
             grad_scale = None  # nothing to divide by; on CUDA to look would be to wait
@@ -120,14 +122,24 @@ def make_train_step(
             found_inf=skipped,
             donate=donate,
         )
-        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, **mhc_metrics(sampled, loss)}
+        metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": skipped, **mhc_metrics(sampled, loss)}
+        metrics |= {f"grad_norm/layer_{number}": value for number, value in enumerate(norms[:-1].unbind())}
         next_scale = state.loss_scale
-        if skipped is not None and next_scale:
-            metrics |= {"loss_scale": loss_scale, "skipped": skipped}
+        if next_scale:
+            metrics["loss_scale"] = loss_scale
             next_scale = next_loss_scale(next_scale, skipped)
         return TrainState(params, moments, state.step + 1, next_scale), metrics
 
     return step
+
+
+def _norms_by_layer(parts: list[list[Tensor]]) -> Tensor:
+    """`[layers + 1]`: the norm of each layer's gradient, all of as many tensors, and of the rest."""
+    *layers, rest = parts
+    norms = leaf_norms(parts)
+    of_layers, of_rest = norms.split([len(norms) - len(rest), len(rest)])
+    by_layer = torch.linalg.vector_norm(of_layers.reshape(len(layers), -1), dim=-1)
+    return torch.cat([by_layer, torch.linalg.vector_norm(of_rest, dim=-1, keepdim=True)])
 
 
 def _same(vector: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def command(config_type: type[T], script: str, main: Callable[[T], int | None]) 
     traceback. Whatever else goes wrong keeps its traceback.
     """
     import hydra
+    import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -45,7 +46,7 @@ def command(config_type: type[T], script: str, main: Callable[[T], int | None]) 
         sys.exit(max(codes, default=0))
     except KeyboardInterrupt:
         fail("interrupted", 130, debug)
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+    except (hydra.errors.HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         fail(_explain(error, folder, name), 2, debug)
     except (ValueError, OSError) as error:
         fail(_one_line(error), 2, debug)

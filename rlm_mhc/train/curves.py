@@ -1,10 +1,11 @@
 """A run's metrics as one picture."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rlm_mhc.disk import replace_file
 
 INK = "#333333"
 SERIES = {
@@ -54,9 +55,7 @@ def label_axes(axes: Any, title: str, label: str) -> None:
 def save_figure(figure: Any, file: Path, title: str) -> None:
     """Write a PNG that replaces the former one."""
     figure.suptitle(title, color=INK, fontsize=12)
-    temporary = file.with_name(f".{file.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, file)
+    replace_file(file, lambda path: figure.savefig(path, dpi=110, format="png"), durable=False)
 
 
 def _draw_series(axes: Any, key: str, points: Sequence[tuple[int, float]]) -> None:
@@ -69,15 +68,22 @@ def _draw_series(axes: Any, key: str, points: Sequence[tuple[int, float]]) -> No
 def _draw_layers(figure: Any, axes: Any, layered: Sequence[tuple[int, Sequence[float]]]) -> None:
     """A heat map: each logged step a column that reaches back to the one before, each layer a row."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import ScalarFormatter
 
     steps, gains = zip(*layered, strict=True)
     edges = [0 if len(steps) == 1 else max(0, 2 * steps[0] - steps[1]), *steps]
-    rows = [[max(gain, 1e-6) if math.isfinite(gain) else math.nan for gain in row] for row in zip(*gains, strict=True)]
+    rows = [list(map(_shown, row)) for row in zip(*gains, strict=True)]
     largest = max((gain for row in rows for gain in row if gain == gain), default=1.0)
     # From 1, where nothing is amplified, to at least 2, so that colours of healthy runs compare.
     norm = LogNorm(vmin=1.0, vmax=max(2.0, largest))
     mesh = axes.pcolormesh(edges, [i - 0.5 for i in range(len(rows) + 1)], rows, norm=norm, cmap="viridis")
-    bar = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.9)
+    bar = figure.colorbar(mesh, ax=axes, format=ScalarFormatter())
+    bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
     bar.set_label("largest column sum of the mappings from the top down to the layer")
     label_axes(axes, "backward gain by layer", "layer (0 is next to the embedding)")
     axes.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _shown(gain: float | None) -> float:
+    """A gain as a logarithmic scale takes it."""
+    return max(gain, 1e-6) if gain is not None and math.isfinite(gain) else math.nan

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlm_mhc.config import WandbConfig
+from rlm_mhc.disk import replace_file
 
 WANDB_HOST = "api.wandb.ai"
 
@@ -16,43 +17,59 @@ WANDB_HOST = "api.wandb.ai"
 class MetricsLog:
     """Appends one JSON object per line to a file and keeps them all; going on at `step` drops what came after it.
 
-    Each line is flushed, so that a killed run keeps what it logged.
+    A killed run keeps what it logged. What the disk does not take is kept, told of once, and written with the next
+    record that it takes; a file that vanished is written anew.
     """
 
-    def __init__(self, file: Path, step: int = 0) -> None:
+    def __init__(self, file: Path, step: int = 0, say: Callable[[str], object] = print) -> None:
+        self.file, self.say, self.failing = file, say, False
         self.records = [r for r in _read(file) if r["step"] <= step] if step else []
-        text = "".join(json.dumps(r) + "\n" for r in self.records)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-        self._file = file.open("a", encoding="utf-8")
+        self._write_all()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = _line(record)
+        try:
+            if self.failing or not self.file.is_file() or self.file.stat().st_size != self._size:
+                self._write_all()
+            else:
+                with self.file.open("ab") as file:
+                    file.write(line)
+                self._size += len(line)
+            self.failing = False
+        except OSError as error:
+            if not self.failing:
+                self.say(f"{self.file} could not be written: {error}; the training goes on, and tries again")
+            self.failing = True
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _write_all(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        content = b"".join(map(_line, self.records))
+        replace_file(self.file, lambda file: file.write_bytes(content))
+        self._size = len(content)
 
 
 def by_layer(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with what it has of single layers as lists under `mhc/layers`.
+    """A record with what it has of single layers as lists, those of mHC under `mhc/layers`.
 
-    >>> by_layer({"step": 1, "mhc/amax/layer_0": 0.5, "mhc/amax/layer_1": 0.7})
-    {'step': 1, 'mhc/layers': {'amax': [0.5, 0.7]}}
+    >>> by_layer({"step": 1, "grad_norm/layer_0": 2.0, "mhc/amax/layer_0": 0.5, "mhc/amax/layer_1": 0.7})
+    {'step': 1, 'layers': {'grad_norm': [2.0]}, 'mhc/layers': {'amax': [0.5, 0.7]}}
     """
     rest: dict[str, Any] = {}
-    layers: dict[str, list[Any]] = {}
+    layers: dict[str, dict[str, list[Any]]] = {}
     for key, value in record.items():
         name, found, _ = key.partition("/layer_")
         if found:
-            layers.setdefault(name.removeprefix("mhc/"), []).append(value)
+            group = "mhc/layers" if name.startswith("mhc/") else "layers"
+            layers.setdefault(group, {}).setdefault(name.removeprefix("mhc/"), []).append(value)
         else:
             rest[key] = value
-    return rest | ({"mhc/layers": layers} if layers else {})
+    return rest | layers
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def require_wandb(config: WandbConfig) -> None:

@@ -12,24 +12,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlm_mhc import fn
-from rlm_mhc.checkpoint import save_run
-from rlm_mhc.data import Position, Prepared, eval_batches, next_batch
-from rlm_mhc.parallel import Ranks, sum_over_ranks
-from rlm_mhc.params import cast
-from rlm_mhc.program.head import chunk_tokens, chunks
-from rlm_mhc.program.precision import COMPUTE_DTYPE
+from rlm_mhc.data import Prepared, next_batch
+from rlm_mhc.parallel import Ranks
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.program.step import TrainStep
 from rlm_mhc.train.curves import draw_curves
+from rlm_mhc.train.evaluate import evaluate
+from rlm_mhc.train.guard import Guard
 from rlm_mhc.train.log import MetricsLog, by_layer
-from rlm_mhc.train.output import CHECKPOINTS, CONFIG_FILE, CURVES_FILE, write_config
+from rlm_mhc.train.output import CURVES_FILE
 from rlm_mhc.train.plan import Plan
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.train.save import Saver
+from rlm_mhc.train.signals import Request, Signals
 from rlm_mhc.train.start import Start
 
 SECONDS_BETWEEN_PICTURES = 15.0
 ALONE = Ranks()
-SMALLEST_LOSS_SCALE = 2.0**-10
 
 
 def train(
@@ -41,8 +40,9 @@ def train(
     log: MetricsLog | None = None,
     report: Callable[[dict[str, Any]], object] = lambda record: None,
     ranks: Ranks = ALONE,
+    signals: Signals | None = None,
 ) -> TrainState:
-    """Update `state` until `max_steps`, logging, evaluating, drawing and saving on the way.
+    """Update `state` until `max_steps`, or until a signal asks for the end, logging, evaluating, drawing and saving.
 
     Args:
         run: the whole config.
@@ -53,18 +53,22 @@ def train(
         log: receives one record per logged step; None on the ranks that do not write.
         report: receives the same records, for wandb and the like.
         ranks: who takes part; only the first logs, draws and saves.
+        signals: of `watch_signals`; None: nobody asks for anything.
 
     Raises:
-        ValueError: when the loss is no longer finite.
+        ValueError: when `training.max_bad_steps` steps in a row had no finite loss and gradient.
+        OSError: when the last checkpoint could not be written; failures before it are told of.
     """
-    training, (state, position, seen) = run.training, start
-    first, skipped = int(state.step), torch.zeros((), device=state.step.device)
+    training, (state, position, seen, watched) = run.training, start
+    first = int(state.step)
     seen -= first * plan.tokens_per_step
     device = state.params.norm.weight.device
     session = _Session(log, report, run, plan) if log is not None else None
     warn_of_mhc = _HealthWarning(run) if ranks.is_first else lambda record: None
     speed = _Speed(plan)
-    with _bar(training.max_steps, first, ranks) as bar:
+    saver = Saver(run, data, ranks)
+    guard = Guard(run, watched, saver.save_bad_step, speak=ranks.is_first)
+    with saver, _bar(training.max_steps, first, ranks) as bar:
         for number in range(first + 1, training.max_steps + 1):
             batch, position = next_batch(
                 data.train,
@@ -74,58 +78,36 @@ def train(
                 rank=ranks.rank,
                 world=ranks.world,
             )
-            state, metrics = step(state, fn.Batch(*(x.to(device, non_blocking=True) for x in batch)))
-            if "skipped" in metrics:
-                skipped = skipped + metrics["skipped"]
+            batch = fn.Batch(*(x.to(device, non_blocking=True) for x in batch))
+            state, metrics = step(state, batch)
+            guard.inspect(number, batch, state, metrics)
+            asked = signals.agreed() if signals else Request()
             last = number == training.max_steps
             saved = last or number % training.save_steps == 0
             evaluated = last or number == 1 or number % training.eval_steps == 0
             drawn = False
             if evaluated or saved or number % training.logging_steps == 0:
-                record = _record(number, seen + number * plan.tokens_per_step, metrics) | speed.read(number)
-                if "skipped" in metrics:
-                    _report_skipped(record, int(skipped))
-                    skipped = torch.zeros_like(skipped)
+                record = _record(number, seen + number * plan.tokens_per_step, metrics) | guard.counts()
+                record |= {"data/bad_fraction": data.bad_fraction} | speed.read(number)
                 if evaluated:
                     record["eval/loss"] = evaluate(state, run, data, ranks)
-                _require_finite(record)
+                record = _without_nan(record)
                 drawn = session.write(record) if session else False
                 warn_of_mhc(record)
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
-            if saved and ranks.is_first:
-                save(run, state, position, data, seen + number * plan.tokens_per_step)
-            if evaluated or saved or drawn or number == first + 1:
+            if saved or asked.save or asked.stop:
+                saver.save(state, position, seen + number * plan.tokens_per_step, guard.values())
+            if evaluated or saved or asked.save or drawn or number == first + 1:
                 # None of these, nor the first step, which compiles, says anything about speed.
                 speed.restart(number)
+            if asked.stop:
+                break
+        guard.settle()
+        saver.finish()
     if session and first < training.max_steps:
         session.draw()
     return state
-
-
-def evaluate(state: TrainState, run: RunConfig, data: Prepared, ranks: Ranks = ALONE) -> float | None:
-    """Mean loss in nats over the held-out batches, the same ones every time; None where nothing is held out.
-
-    Each rank takes its share of the batches.
-    """
-    if data.evaluation.total < 1:
-        return None
-    training, config = run.training, run.model
-    params = cast(state.params, config, COMPUTE_DTYPE[training.mixed_precision])
-    device = params.norm.weight.device
-    sums = torch.zeros(2, device=device, dtype=torch.float32)
-    with torch.no_grad():
-        for number, batch in enumerate(eval_batches(data.evaluation, training.batch_size, training.eval_batches)):
-            if number % ranks.world != ranks.rank:
-                continue
-            hidden = fn.backbone(params, batch.tokens.to(device), config).hidden
-            targets = batch.targets.flatten().to(device)
-            size = chunk_tokens(len(targets), config.vocab_size, device.type)
-            for rows, wanted in zip(chunks(hidden, size), targets.split(size), strict=True):
-                sums[0] += fn.token_loss_sum(fn.head(params, rows, config), wanted)
-            sums[1] += fn.count_targets(targets)
-    total, counted = sum_over_ranks(sums, ranks).tolist()
-    return total / max(counted, 1)
 
 
 def _bar(total: int, initial: int, ranks: Ranks) -> Any:
@@ -139,33 +121,6 @@ def _bar(total: int, initial: int, ranks: Ranks) -> Any:
         mininterval=interval,
         maxinterval=2 * interval,
         disable=not ranks.is_first,
-    )
-
-
-def save(run: RunConfig, state: TrainState, position: Position, data: Prepared, tokens: int) -> Path:
-    """Write a checkpoint of everything that a resumed run needs."""
-
-    def extras(folder: Path) -> None:
-        write_config(run, folder / CONFIG_FILE)
-        data.tokenizer.save_pretrained(folder)
-
-    trainer_state = {
-        "step": int(state.step),
-        "tokens": tokens,
-        "position": position._asdict(),
-        "data": data.fingerprint,
-        "torch_version": torch.__version__,
-    }
-    if state.loss_scale:
-        trainer_state["loss_scale"] = {name: value.item() for name, value in state.loss_scale._asdict().items()}
-    return save_run(
-        Path(run.output_dir) / CHECKPOINTS,
-        state.params,
-        run.model,
-        state.optimizer,
-        trainer_state,
-        keep=run.training.save_total_limit,
-        extras=extras,
     )
 
 
@@ -188,7 +143,11 @@ class _Session:
         return due
 
     def draw(self) -> None:
-        draw_curves(self.log.records, self.picture, self.title)
+        """Draw, where the disk lets us."""
+        try:
+            draw_curves(self.log.records, self.picture, self.title)
+        except OSError as error:
+            tqdm.write(f"{self.picture} could not be written: {error}; the training goes on")
         self.drawn = time.monotonic()
 
 
@@ -217,6 +176,11 @@ def _record(number: int, tokens: int, metrics: dict[str, Tensor]) -> dict[str, A
     return {"step": number, "tokens": tokens, **named}
 
 
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """None for every number that is not finite, which JSON has no word for."""
+    return {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
+
+
 class _HealthWarning:
     """Says once that the residual mappings amplify more than they should, and what to do."""
 
@@ -225,8 +189,8 @@ class _HealthWarning:
 
     def __call__(self, record: dict[str, Any]) -> None:
         watched = {name: record[f"mhc/{name}"] for name in ("amax_pre", "amax_post", "gain_forward", "gain_backward")}
-        name, value = max(watched.items(), key=lambda item: item[1])
-        if self.said or value <= self.target:
+        name, value = max(watched.items(), key=lambda item: item[1] or 0.0)
+        if self.said or value is None or value <= self.target:
             return
         self.said = True
         remedy = (
@@ -248,36 +212,3 @@ def _postfix(record: dict[str, Any]) -> str:
     if "tokens_per_sec" in record:
         shown.append(f"{record['tokens_per_sec']:,.0f} tokens/s")
     return ", ".join(shown)
-
-
-def _report_skipped(record: dict[str, Any], skipped: int) -> None:
-    """Turn the record's `skipped` from that of its own step into that of all steps since the last record, and say so.
-
-    What a skipped step computed is no number to keep.
-
-    Raises:
-        ValueError: when the loss scale has become so small that it is not what is wrong.
-    """
-    if record["skipped"]:
-        record |= {"train/loss": None, "grad_norm": None}
-        if record["loss_scale"] < SMALLEST_LOSS_SCALE:
-            raise ValueError(
-                f"no gradient is finite at step {record['step']}, even at loss scale {record['loss_scale']:g}; lower "
-                "training.optimizer.lr, or use training.mixed_precision=bf16"
-            )
-    record["skipped"] = skipped
-    if skipped:
-        tqdm.write(
-            f"step {record['step']}: {skipped} steps skipped since the last line, for gradients that were not finite; "
-            f"the loss scale is {record['loss_scale']:g}"
-        )
-
-
-def _require_finite(record: dict[str, Any]) -> None:
-    values = [record[name] for name in ("train/loss", "grad_norm", "eval/loss") if record.get(name) is not None]
-    if not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"the loss or gradient is not finite at step {record['step']} (loss {record['train/loss']}, gradient norm "
-            f"{record['grad_norm']}); lower training.optimizer.lr or lengthen training.scheduler.warmup_steps, "
-            "and start again from the last checkpoint"
-        )

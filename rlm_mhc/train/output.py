@@ -6,20 +6,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rlm_mhc.checkpoint import checkpoints
+from rlm_mhc.checkpoint import checkpoints, newest_whole, recover, set_aside
+from rlm_mhc.disk import replace_file
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.validation import build
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CHECKPOINTS = "checkpoints"
+BAD_STEPS = "bad_steps"
+LARGEST_CONFIG_BYTES = 1 << 20
 
 
 def open_output(run: RunConfig) -> Path | None:
     """Check that the run may use `output_dir`, and make it; returns the checkpoint to go on from, if any.
 
+    With `resume=auto` that is the newest whole one; what is wrong with newer ones is printed.
+
     Raises:
-        ValueError: when the folder already holds a run, or is no folder.
+        ValueError: when the folder already holds a run, or is no folder, or has checkpoints but none that is whole.
         FileNotFoundError: when `resume_from_checkpoint` names none.
     """
     folder = Path(run.output_dir)
@@ -33,23 +39,29 @@ def open_output(run: RunConfig) -> Path | None:
             "go on with resume=auto, or start over with overwrite=true"
         )
     if run.resume == "auto":
-        start = next(reversed(checkpoints(folder / CHECKPOINTS)), None)
+        start = newest_whole(folder / CHECKPOINTS, lambda line: print(f"damaged      {line}", flush=True))
     folder.mkdir(parents=True, exist_ok=True)
     return start
 
 
 def begin_output(run: RunConfig, start: Path | None) -> Path:
     """Write `config.yaml`, and remove what the run is to write anew: everything but the tokens, or where it goes on
-    from a checkpoint of the folder, the checkpoints after that one."""
+    from a checkpoint of the folder, the checkpoints after that one; those that `resume=auto` found damaged are
+    renamed instead."""
     folder = Path(run.output_dir)
     if start is not None and _inside(start, folder):
+        recover(folder / CHECKPOINTS)
         after = [path.resolve() for path in checkpoints(folder / CHECKPOINTS)]
         for path in after[after.index(start.resolve()) + 1 :] if start.resolve() in after else ():
-            shutil.rmtree(path)
+            if run.resume == "auto":
+                print(f"damaged      {path} is now {set_aside(path).name}", flush=True)
+            else:
+                shutil.rmtree(path)
     elif run.overwrite:
         for name in (METRICS_FILE, CURVES_FILE):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, BAD_STEPS):
+            shutil.rmtree(folder / name, ignore_errors=True)
     write_config(run, folder / CONFIG_FILE)
     return folder
 
@@ -59,7 +71,29 @@ def write_config(run: RunConfig, file: Path) -> None:
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(values)), encoding="utf-8")
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_config(file: Path) -> RunConfig:
+    """What `write_config` wrote.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: naming the file, when it is not the YAML of a config.
+    """
+    import yaml
+
+    if file.stat().st_size > LARGEST_CONFIG_BYTES:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than a config can have")
+    try:
+        text = file.read_text(encoding="utf-8")
+        # A few bytes of aliases can stand for more values than memory holds, and a config has none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it has aliases")
+        return build(RunConfig, yaml.safe_load(text))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file}: not a config of this library ({' '.join(str(error).split())})") from None
 
 
 def _named_checkpoint(name: str) -> Path:

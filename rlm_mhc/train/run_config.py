@@ -58,6 +58,9 @@ class ParallelConfig:
 class RunConfig:
     """A run: model, training, data and where it goes.
 
+    `resume_optimizer` says whether a run from `resume_from_checkpoint` takes the optimizer, the step and with it the
+    schedule as well as the weights; None: where the data are the checkpoint's.
+
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
@@ -72,6 +75,7 @@ class RunConfig:
     output_dir: str = "outputs/pretrain_1b"
     resume: str = one_of("never", "auto")
     resume_from_checkpoint: str | None = None
+    resume_optimizer: bool | None = None
     overwrite: bool = False
     debug: bool = False
 
@@ -88,6 +92,8 @@ class RunConfig:
             raise ValueError("overwrite=true and resume=auto exclude each other: start over, or go on?")
         if self.resume_from_checkpoint and self.resume == "auto":
             raise ValueError("resume_from_checkpoint and resume=auto exclude each other: give one of them")
+        if self.resume_optimizer is not None and not self.resume_from_checkpoint:
+            raise ValueError(f"resume_optimizer={self.resume_optimizer}: only resume_from_checkpoint leaves it open")
 
     @property
     def token_folder(self) -> Path:

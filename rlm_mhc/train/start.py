@@ -1,51 +1,149 @@
-"""Where a run starts: fresh weights at the first sequence, or where a checkpoint left off."""
+"""Where a run starts: at the first step, where a checkpoint left off, or with its weights on other data."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from rlm_mhc.checkpoint import load_run
+from rlm_mhc.checkpoint import describe_run, is_run, load_pretrained, load_run, restore_generators
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
-from rlm_mhc.fn import adamw_init
+from rlm_mhc.fn import LMParams, adamw_init
+from rlm_mhc.parallel import Ranks
 from rlm_mhc.program import TrainState, init_train_state
 from rlm_mhc.program.precision import LossScale, init_loss_scale
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.train.output import CONFIG_FILE, METRICS_FILE, read_config
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.tree import tree_map
+
+ALONE = Ranks()
+# What says how and where to run, not what.
+NOT_COMPARED = ("output_dir", "resume", "resume_from_checkpoint", "resume_optimizer", "overwrite", "debug")
 
 
 class Start(NamedTuple):
-    """State, position of the next sequence, and tokens seen so far."""
+    """State, position of the next sequence, tokens seen so far, and what the guard had counted."""
 
     state: TrainState
     position: Position
-    tokens: int
+    tokens: int = 0
+    watched: dict[str, Any] = {}  # noqa: RUF012
 
 
-def starting_point(run: RunConfig, checkpoint: Path | None, data: Prepared, device: torch.device) -> Start:
-    """A fresh start, or all of a checkpoint: weights, optimizer, step, and where the data are the same, the position.
+def starting_point(
+    run: RunConfig, checkpoint: Path | None, data: Prepared, device: torch.device, ranks: Ranks = ALONE
+) -> Start:
+    """A fresh start; all of a checkpoint, so that the run is as one that never stopped; or its weights alone.
+
+    The weights alone are taken from a folder that holds no more, and with `resume_from_checkpoint` where the data are
+    others than the checkpoint's, or `resume_optimizer` says so. What was taken is printed.
 
     Raises:
         FileNotFoundError: when a file of the checkpoint is missing.
-        ValueError: when one is damaged, or of a model of another shape.
+        ValueError: when one is damaged, or of a model of another shape; when the data are others and `resume=auto`
+            was to go on with them; when what was consumed is not a whole number of steps of this run.
     """
+    torch.manual_seed(run.seed + ranks.rank)
     if checkpoint is None:
-        return Start(init_train_state(run.model, run.training, seed=run.seed, device=device), Position(run.seed), 0)
-    saved = load_run(checkpoint, adamw_init, device)
-    if saved.config != run.model:
-        raise ValueError(f"{checkpoint}: a model of another shape: {_differences(saved.config, run.model)}")
-    state = resume_train_state(
-        saved.params, saved.optimizer, saved.trainer_state["step"], _loss_scale(run, saved.trainer_state, device)
+        return Start(init_train_state(run.model, run.training, seed=run.seed, device=device), Position(run.seed))
+    saved = describe_run(checkpoint) if is_run(checkpoint) else None
+    same_data = saved is not None and saved.get("data") == data.fingerprint
+    if run.resume == "auto" and saved is not None and not same_data:
+        raise ValueError(
+            f"{checkpoint}: it was trained on other data, or on sequences of another length "
+            f"(data.max_length={saved.get('max_length')}), so there is no place in these to go on from; "
+            f"give the same, or take its weights to new data with resume_from_checkpoint={checkpoint} and another "
+            "output_dir"
+        )
+    go_on = same_data if run.resume_optimizer is None else run.resume_optimizer
+    if go_on and saved is None:
+        raise ValueError(f"{checkpoint}: it holds weights only; leave out resume_optimizer=true")
+    if not go_on:
+        return _with_weights(run, checkpoint, device)
+    _print_changes(run, checkpoint)
+    if same_data and saved is not None:
+        _require_line_up(run, saved, checkpoint, ranks.world)
+    return _go_on(run, checkpoint, same_data, device, ranks)
+
+
+def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.device, ranks: Ranks) -> Start:
+    verified = run.resume == "auto"  # when it was chosen
+    params, config, optimizer, saved, generators = load_run(checkpoint, adamw_init, device, verify=not verified)
+    _require_shape(run, checkpoint, config)
+    state = resume_train_state(_masters(params), optimizer, saved["step"], _loss_scale(run, saved, device))
+    if ranks.rank < len(generators):
+        restore_generators(generators[ranks.rank])
+    place = "place in the data" if same_data else "not the place in the data, which are others: they start anew"
+    print(
+        f"resumed      {checkpoint}, step {int(state.step)}: weights, optimizer, schedule, random generators, {place}",
+        flush=True,
     )
-    position = Position(run.seed)
-    if saved.trainer_state.get("data") == data.fingerprint:
-        position = Position(**saved.trainer_state["position"])
-    else:
-        print("             the data are others than the checkpoint's: they start at their beginning", flush=True)
-    print(f"resumed      {checkpoint}, step {int(state.step)}", flush=True)
-    return Start(state, position, saved.trainer_state.get("tokens", 0))
+    if saved.get("torch_version") != torch.__version__:
+        print(f"             torch {saved.get('torch_version')} wrote it: the last bits may differ", flush=True)
+    position = Position(**saved["position"]) if same_data else Position(run.seed)
+    return Start(state, position, saved.get("tokens", 0), saved.get("watch", {}))
+
+
+def _with_weights(run: RunConfig, checkpoint: Path, device: torch.device) -> Start:
+    folder = Path(run.output_dir).resolve()
+    if (folder / METRICS_FILE).exists() and folder in checkpoint.resolve().parents:
+        raise ValueError(
+            f"output_dir={run.output_dir}: holds the run that {checkpoint.name} is of, and this one starts at step 0; "
+            "choose another folder"
+        )
+    params, config = load_pretrained(checkpoint, device=device)
+    _require_shape(run, checkpoint, config)
+    masters = _masters(params)
+    state = resume_train_state(masters, adamw_init(masters), 0, init_loss_scale(run.training.mixed_precision, device))
+    taken = "weights and tokenizer" if run.data.tokenizer == "auto" else "weights"
+    print(f"started from {checkpoint}: its {taken}; optimizer, schedule and data start anew", flush=True)
+    return Start(state, Position(run.seed))
+
+
+def _masters(params: LMParams) -> LMParams:
+    return tree_map(lambda leaf: leaf.float(), params)
+
+
+def _require_shape(run: RunConfig, checkpoint: Path, config: ModelConfig) -> None:
+    if config != run.model:
+        pairs = [(f.name, getattr(config, f.name), getattr(run.model, f.name)) for f in dataclasses.fields(config)]
+        found = ", ".join(f"it has {name}={a}, model.{name} is {b}" for name, a, b in pairs if a != b)
+        raise ValueError(f"{checkpoint}: a model of another shape: {found}")
+
+
+def _require_line_up(run: RunConfig, saved: dict[str, Any], checkpoint: Path, world: int) -> None:
+    """A run of this batch size would have to come by the place where the checkpoint is."""
+    position, training = Position(**saved["position"]), run.training
+    consumed = position.epoch * saved["windows"] + position.offset
+    per_step = training.sequences_per_step * world
+    if consumed % per_step:
+        before = saved["sequences_per_step"]
+        works = [n for n in range(1, 4 * before + 1) if consumed % n == 0]
+        raise ValueError(
+            f"{checkpoint}: it consumed {consumed} sequences, which is no whole number of steps of {per_step} "
+            f"(training.batch_size={training.batch_size} × gradient_accumulation_steps="
+            f"{training.gradient_accumulation_steps} × {world} ranks); {before} as before, or one of "
+            f"{', '.join(map(str, works[-8:]))} sequences per step would work"
+        )
+
+
+def _print_changes(run: RunConfig, checkpoint: Path) -> None:
+    """Say what differs from the config that the checkpoint was written with."""
+    before = dict(_flat(dataclasses.asdict(read_config(checkpoint / CONFIG_FILE))))
+    for name, value in _flat(dataclasses.asdict(run)):
+        if before[name] != value and name not in NOT_COMPARED:
+            print(f"changed      {name}: {before[name]} before, {value} now", flush=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _loss_scale(run: RunConfig, saved: dict[str, Any], device: torch.device) -> LossScale | tuple[()]:
@@ -53,8 +151,3 @@ def _loss_scale(run: RunConfig, saved: dict[str, Any], device: torch.device) -> 
     if not fresh or "loss_scale" not in saved:
         return fresh
     return LossScale(*(torch.tensor(saved["loss_scale"][name], device=device) for name in LossScale._fields))
-
-
-def _differences(theirs: ModelConfig, ours: ModelConfig) -> str:
-    pairs = [(f.name, getattr(theirs, f.name), getattr(ours, f.name)) for f in dataclasses.fields(ModelConfig)]
-    return ", ".join(f"it has {name}={a}, model.{name} is {b}" for name, a, b in pairs if a != b)

@@ -158,7 +158,7 @@ def test_going_on_inside_a_folder_removes_what_came_later(pretrain, corpus, tmp_
     assert [r["step"] for r in records(out)] == [1, 2]
 
 
-def test_going_on_with_other_data_keeps_the_tokenizer_and_starts_at_its_beginning(pretrain, corpus, tmp_path):
+def test_other_data_take_weights_and_tokenizer_and_start_anew(pretrain, corpus, tmp_path):
     assert pretrain(f"data.train_path={corpus}", f"output_dir={tmp_path / 'a'}", "training.max_steps=2").code == 0
     checkpoint = tmp_path / "a" / "checkpoints" / "checkpoint-2"
     other = tmp_path / "other.jsonl"
@@ -166,9 +166,18 @@ def test_going_on_with_other_data_keeps_the_tokenizer_and_starts_at_its_beginnin
     arguments = [f"data.train_path={other}", f"output_dir={tmp_path / 'b'}", "training.max_steps=3"]
     result = pretrain(*arguments, f"+resume_from_checkpoint={checkpoint}")
     assert result.code == 0, result.err
-    assert "they start at their beginning" in result.out
+    assert "its weights and tokenizer; optimizer, schedule and data start anew" in result.out
     new = tmp_path / "b" / "checkpoints" / "checkpoint-3"
-    assert json.loads((new / "trainer_state.json").read_text())["position"] == {"seed": 42, "epoch": 0, "offset": 4}
+    assert json.loads((new / "trainer_state.json").read_text())["position"] == {"seed": 42, "epoch": 0, "offset": 12}
+    assert [r["step"] for r in records(tmp_path / "b")] == [1, 2, 3]
+    own = tmp_path / "a"
+    result = pretrain(f"data.train_path={other}", f"output_dir={own}", f"resume_from_checkpoint={checkpoint}")
+    assert result.code == 2
+    assert "choose another folder" in result.last_error
+    assert len(records(own)) == 2
+    result = pretrain(*arguments[:1], f"output_dir={own}", "resume=auto")
+    assert result.code == 2
+    assert "trained on other data" in result.last_error
     assert (new / "tokenizer.json").read_text() == (checkpoint / "tokenizer.json").read_text()
 
 
@@ -205,12 +214,22 @@ def test_shared_cache_and_existing_tokenizer(pretrain, corpus, tmp_path):
     assert result.code == 0, result.err
 
 
-def test_a_diverging_run_stops_with_advice(pretrain, corpus, tmp_path):
+def test_a_diverging_run_stops_with_a_step_to_replay(pretrain, recipe, corpus, tmp_path):
     arguments = [f"data.train_path={corpus}", f"output_dir={tmp_path / 'run'}", "training.max_steps=30"]
-    result = pretrain(*arguments, "training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0")
+    wild = ["training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=3"]
+    result = pretrain(*arguments, *wild)
     assert result.code == 2
-    assert "not finite at step" in result.last_error
+    said = result.out + result.err
+    assert "layer 0 is the first whose output is not finite" in said
+    assert "(3 in a row, 3 end the run)" in said
+    assert "3 steps in a row without a finite loss and gradient" in result.last_error
     assert "training.optimizer.lr" in result.last_error
+    folder = next((tmp_path / "run" / "bad_steps").iterdir())
+    assert f"recipes/replay.py {folder}" in result.last_error
+    assert [r["skipped"] for r in records(tmp_path / "run")][-2:] == [1, 1]
+    replayed = recipe("replay", str(folder))
+    assert replayed.code == 0, replayed.err
+    assert "reproduced" in replayed.out
 
 
 def test_fp16_saves_and_resumes_its_loss_scale_and_logs_it(pretrain, corpus, tmp_path):

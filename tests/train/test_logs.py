@@ -33,14 +33,12 @@ def test_metrics_are_one_object_per_line_and_survive_a_cut_off_line(tmp_path):
     log = MetricsLog(file)
     for record in RECORDS:
         log.write(record)
-    log.close()
     assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
     with file.open("a") as f:
         f.write('{"step": 3, "train/lo')
     resumed = MetricsLog(file, 1)
     assert resumed.records == RECORDS[:2]
     resumed.write(RECORDS[2])
-    resumed.close()
     assert [json.loads(line) for line in file.read_text().splitlines()] == RECORDS
 
 

@@ -1,0 +1,99 @@
+"""Safetensors files with a checksum per tensor in their metadata: the format itself has none, and a changed byte
+would load silently."""
+
+import json
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.disk import CHECKSUM
+
+HASHING_THREADS = 4
+
+
+def write_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
+    """Write tensors, with the checksums of all; equal tensors give equal files.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        checksums = dict(zip(on_cpu, pool.map(_digest, on_cpu.values()), strict=True))
+    try:
+        save_file(on_cpu, file, metadata={"format": "pt", CHECKSUM: json.dumps(checksums)})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(f"{file}: cannot be written ({' '.join(str(error).split())[:200]})") from None
+    _sort_metadata(file)
+
+
+def read_tensors(file: Path, device: torch.device | str = "cpu", *, verify: bool = True) -> dict[str, Tensor]:
+    """All tensors of a file, in memory of their own; with `verify`, compared with their checksums where it has any.
+
+    Raises:
+        ValueError: when the file is none of the format, or damaged, naming the first tensor that is.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    def read(name: str) -> tuple[Tensor, str]:
+        tensor = content.get_tensor(name)
+        # A copy: what is mapped would change, or fault, with the file.
+        return tensor.to(device, copy=True), _digest(tensor) if verify else ""
+
+    try:
+        with safe_open(file, "pt") as content, ThreadPoolExecutor(HASHING_THREADS) as pool:
+            names, metadata = list(content.keys()), content.metadata() or {}
+            rows = dict(zip(names, pool.map(read, names), strict=True))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
+    if verify and CHECKSUM in metadata:
+        expected = _checksums(metadata[CHECKSUM], file)
+        damaged = [name for name in {**rows, **expected} if name not in rows or rows[name][1] != expected.get(name)]
+        if damaged:
+            others = f" nor are {len(damaged) - 1} other tensors;" if damaged[1:] else ""
+            raise ValueError(
+                f"{file}: damaged, {damaged[0]} is not what was written;{others} take another copy, "
+                "or read it as it is with verify=False"
+            )
+    return {name: tensor for name, (tensor, _) in rows.items()}
+
+
+def _checksums(text: str, file: Path) -> dict[str, str]:
+    try:
+        checksums = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged, its checksums cannot be read ({error})") from None
+    if not isinstance(checksums, dict):
+        raise ValueError(f"{file}: damaged, its checksums are a {type(checksums).__name__}")
+    return checksums
+
+
+def _digest(tensor: Tensor) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if tensor.numel():
+        # One entry counts as contiguous with any stride, but cannot be viewed as bytes with any.
+        content: Any = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _sort_metadata(file: Path) -> None:
+    """Give the metadata one order: safetensors writes it in a random one."""
+    with file.open("r+b") as content:
+        (size,) = struct.unpack("<Q", content.read(8))
+        header = json.loads(content.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        content.seek(8)
+        content.write(text.ljust(size))

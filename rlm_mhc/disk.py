@@ -1,0 +1,70 @@
+"""Files that are whole or absent, also after a crash: written beside their place, flushed to the disk, renamed."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+BLOCK_BYTES = 1 << 22
+CHECKSUM = "xxh3_128"
+
+
+def replace_file(file: Path, write: Callable[[Path], object], *, durable: bool = True) -> None:
+    """Let `write(path)` write a temporary sibling, then put it in the place of `file`.
+
+    Whoever reads, and whoever is killed, finds the former file or the new one, whole, with the permissions of any
+    other new file. With `durable` that holds for a power failure too.
+
+    Raises:
+        OSError: when it cannot be written; nothing of it is left then.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        write(temporary)
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # some writers make theirs private
+        if durable:
+            sync(temporary)
+        os.replace(temporary, file)
+        if durable:
+            sync(file.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk; where a system cannot flush folders, do nothing."""
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def checksum(file: Path) -> str:
+    """The XXH3 digest of a file's content, of 128 bits as hexadecimal: it finds damage, not malice.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile() as file:
+    ...     checksum(Path(file.name))
+    '99aa06d3014798d86001c324468d497f'
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as content:
+        while block := content.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

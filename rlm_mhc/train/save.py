@@ -1,0 +1,111 @@
+"""What a checkpoint of a run holds, and its writing beside the training."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from rlm_mhc.checkpoint import Writer, generator_states, save_run, snapshot
+from rlm_mhc.checkpoint.tensors import write_tensors
+from rlm_mhc.data import Position, Prepared
+from rlm_mhc.disk import sync
+from rlm_mhc.parallel import Ranks, gather
+from rlm_mhc.program.state import TrainState
+from rlm_mhc.train.guard import BadStep, joined
+from rlm_mhc.train.output import BAD_STEPS, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, write_config
+from rlm_mhc.train.run_config import RunConfig
+
+BATCH_FILE = "batch.safetensors"
+
+
+class Saver:
+    """Writes checkpoints of a run, by the first rank, in a thread; as a context, it ends with what is under way.
+
+    A checkpoint that cannot be written is told of, and the training goes on.
+    """
+
+    def __init__(self, run: RunConfig, data: Prepared, ranks: Ranks) -> None:
+        self.run, self.data, self.ranks = run, data, ranks
+        self.writer = Writer(lambda line: tqdm.write(f"{line}; the training goes on, earlier checkpoints are whole"))
+        self.newest = -1
+
+    def save(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
+        """Copy the state, and begin to write it; to be called by every rank."""
+        number = int(state.step)
+        described = self._describe(state, position, tokens, watch)
+        states = gather(self.ranks, generator_states())
+        if not self.ranks.is_first or number == self.newest:
+            return
+        self.newest = number
+        self.writer.wait()  # before there is another copy
+        params, optimizer = snapshot((state.params, state.optimizer))
+        folder = Path(self.run.output_dir)
+        job = partial(self._write, folder / CHECKPOINTS, params, optimizer, described, states, folder / METRICS_FILE)
+        self.writer.submit(job, f"{folder / CHECKPOINTS}/checkpoint-{number}")
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            OSError: when it could not be written.
+        """
+        if error := self.writer.wait():
+            raise OSError(f"the training is done, but its last checkpoint could not be written: {error}")
+
+    def save_bad_step(self, state: TrainState, step: BadStep) -> Path:
+        """Write the state that a skipped step ran on and left, with its batch, for `recipes/replay.py`."""
+        batch = joined(gather(self.ranks, step.batch))
+        folder = Path(self.run.output_dir) / BAD_STEPS
+        path = folder / f"checkpoint-{step.number}"
+        if not self.ranks.is_first:
+            return path
+        described = {
+            "step": step.number,
+            "bad_step": {name: repr(value) for name, value in step.values.items()},
+            "world": self.ranks.world,
+        }
+
+        def extras(target: Path) -> None:
+            self._extras(target)
+            write_tensors(target / BATCH_FILE, batch._asdict())
+
+        return save_run(folder, state.params, self.run.model, state.optimizer, described, keep=1, extras=extras)
+
+    def _write(
+        self, folder: Path, params: Any, optimizer: Any, described: dict[str, Any], states: list[Any], metrics: Path
+    ) -> None:
+        if metrics.exists():
+            sync(metrics)  # what a resumed run expects to find of the steps before
+        keep = self.run.training.save_total_limit
+        save_run(
+            folder, params, self.run.model, optimizer, described, keep=keep, generators=states, extras=self._extras
+        )
+
+    def _extras(self, folder: Path) -> None:
+        write_config(self.run, folder / CONFIG_FILE)
+        self.data.tokenizer.save_pretrained(folder)
+
+    def _describe(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> dict[str, Any]:
+        described = {
+            "step": int(state.step),
+            "tokens": tokens,
+            "sequences_per_step": self.run.training.sequences_per_step * self.ranks.world,
+            "position": position._asdict(),
+            "data": self.data.fingerprint,
+            "windows": self.data.train.total,
+            "max_length": self.run.data.max_length,
+            "watch": watch,
+            "torch_version": torch.__version__,
+        }
+        if state.loss_scale:
+            described["loss_scale"] = {name: value.item() for name, value in state.loss_scale._asdict().items()}
+        return described
+
+    def __enter__(self) -> "Saver":
+        self.writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.writer.__exit__(*error)
