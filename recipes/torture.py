@@ -23,13 +23,13 @@ from rlm_mhc.testing.models import SMALL_RUN
 
 PRETRAIN = Path(__file__).with_name("pretrain_1b.py")
 OUT = "run"
-STEPS_PER_KILL = 8
+STEPS_PER_KILL = 16
 SPEED = ("tokens_per_sec", "mfu")
 # Long enough to save every few steps, short enough to be killed in each phase.
 RUN = [
     *SMALL_RUN,
     f"output_dir={OUT}",
-    "data.train_path=data.jsonl",
+    "data.train_path=../data.jsonl",
     "data.cache_dir=tokens",
     "training.save_steps=3",
     "training.save_total_limit=3",
@@ -45,9 +45,9 @@ def main(kills: int, seed: int, overrides: list[str]) -> int:
     with tempfile.TemporaryDirectory() as work:
         whole, killed = Path(work, "whole"), Path(work, "killed")
         command = [sys.executable, str(PRETRAIN), *RUN, f"training.max_steps={STEPS_PER_KILL * kills}", *overrides]
-        for folder in (whole, killed):
-            folder.mkdir()
-            write_corpus(folder / "data.jsonl")
+        whole.mkdir()
+        killed.mkdir()
+        write_corpus(Path(work, "data.jsonl"))
         began = time.monotonic()
         finish(command, whole)
         lifetime = time.monotonic() - began

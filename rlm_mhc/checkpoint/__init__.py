@@ -1,6 +1,6 @@
 """Weights, optimizer and run state on disk."""
 
-from rlm_mhc.checkpoint.generators import generator_states, restore_generators
+from rlm_mhc.checkpoint.generators import generator_states, restore_generators, seed_generators
 from rlm_mhc.checkpoint.run import (
     checkpoints,
     describe_run,
@@ -29,6 +29,7 @@ __all__ = [
     "restore_generators",
     "save_pretrained",
     "save_run",
+    "seed_generators",
     "set_aside",
     "snapshot",
     "verify_run",

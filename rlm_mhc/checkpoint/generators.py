@@ -20,6 +20,13 @@ def generator_states() -> dict[str, Any]:
     return states
 
 
+def seed_generators(seed: int) -> None:
+    """Start all generators of this process from one seed."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed % (1 << 63))
+
+
 def restore_generators(states: dict[str, Any]) -> None:
     """Put all generators where `generator_states` found them.
 

@@ -61,6 +61,8 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
             f"data.tokenizer={name}: cannot be loaded ({type(error).__name__}: {reason}); "
             "give a folder with a tokenizer, a name on the hub, or auto"
         ) from None
+    for how_it_was_found in ("is_local", "local_files_only"):  # transformers would save that with it
+        tokenizer.init_kwargs.pop(how_it_was_found, None)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: it has no end-of-text token (eos_token) to separate documents with")
     if len(tokenizer) > vocab_size:

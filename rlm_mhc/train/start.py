@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlm_mhc.checkpoint import describe_run, is_run, load_pretrained, load_run, restore_generators
+from rlm_mhc.checkpoint import (
+    describe_run,
+    is_run,
+    load_pretrained,
+    load_run,
+    restore_generators,
+    seed_generators,
+)
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
 from rlm_mhc.fn import LMParams, adamw_init
@@ -46,7 +53,7 @@ def starting_point(
         ValueError: when one is damaged, or of a model of another shape; when the data are others and `resume=auto`
             was to go on with them; when what was consumed is not a whole number of steps of this run.
     """
-    torch.manual_seed(run.seed + ranks.rank)
+    seed_generators(run.seed + ranks.rank)
     if checkpoint is None:
         return Start(init_train_state(run.model, run.training, seed=run.seed, device=device), Position(run.seed))
     saved = describe_run(checkpoint) if is_run(checkpoint) else None
