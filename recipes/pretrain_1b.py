@@ -68,6 +68,8 @@ def pretrain(run: RunConfig, device: torch.device, ranks: Ranks) -> None:
             tokenizer=tokenizer,
             vocab_size=run.model.vocab_size,
             max_length=run.data.max_length,
+            strict=run.data.strict,
+            max_bad_fraction=run.data.max_bad_fraction,
         )
     start = starting_point(run, checkpoint, data, device, ranks)
     require_agreement(

@@ -1,25 +1,74 @@
 """Documents: from JSON lines in files, or from the text that ships with every CPython."""
 
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 SUFFIXES = (".jsonl", ".json", ".gz", ".zst")
+MAX_LINE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 20
+NAMED_BAD_LINES = 5
+LINES_TO_JUDGE_BY = 1000
+
+
+class BadLines:
+    """Counts the lines of a source as they are read, skips the bad ones, and ends the reading where they are too many.
+
+    Args:
+        strict: whether the first bad line ends it.
+        max_fraction: the share of the lines that may be bad, looked at from line 1000 on, and by `finish`.
+        say: told of the first few.
+    """
+
+    def __init__(
+        self, *, strict: bool = True, max_fraction: float = 0.0, say: Callable[[str], object] = lambda line: None
+    ) -> None:
+        self.strict, self.max_fraction, self.say = strict, max_fraction, say
+        self.lines, self.bad, self.first = 0, 0, ""
+
+    def skip(self, error: ValueError) -> None:
+        """Count a line that `error` says is bad.
+
+        Raises:
+            ValueError: that error, where the source is read strictly; or that there are too many.
+        """
+        if self.strict:
+            raise error
+        self.lines, self.bad, self.first = self.lines + 1, self.bad + 1, self.first or str(error)
+        if self.bad <= NAMED_BAD_LINES:
+            self.say(f"bad line     {error}; skipped")
+        if self.lines >= LINES_TO_JUDGE_BY:
+            self.finish()
+
+    def finish(self) -> None:
+        """Judge by all that was read.
+
+        Raises:
+            ValueError: when too many lines are bad.
+        """
+        if self.bad > self.max_fraction * self.lines:
+            raise ValueError(
+                f"{self.bad} of {self.lines} lines are bad, more than data.max_bad_fraction={self.max_fraction:g} "
+                f"allows; the first: {self.first}"
+            )
 
 
 class Source(NamedTuple):
     """Documents that can be read again from the start: `name` for people, `fingerprint` changing with the content,
-    `read()` an iterator of texts."""
+    `read(bad)` an iterator of texts that tells bad lines to a `BadLines`."""
 
     name: str
     fingerprint: str
-    read: Callable[[], Iterator[str]]
+    read: Callable[[BadLines], Iterator[str]]
 
 
 def builtin_source() -> Source:
@@ -35,7 +84,7 @@ def builtin_source() -> Source:
     )
     rows = [(str(path.relative_to(library)), path.stat().st_size) for path in files]
 
-    def read() -> Iterator[str]:
+    def read(bad: BadLines) -> Iterator[str]:
         from pydoc_data.topics import topics
 
         yield from (topics[name] for name in sorted(topics))
@@ -49,7 +98,7 @@ def builtin_source() -> Source:
 
 
 def jsonl_source(path: str, text_field: str = "text", *, key: str = "data.train_path") -> Source:
-    """Documents from JSON lines, `{"<text_field>": "…"}` each, streamed through `datasets`.
+    """Documents from JSON lines, `{"<text_field>": "…"}` each, streamed.
 
     Args:
         path: a file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), a folder of such files, or a glob.
@@ -58,14 +107,15 @@ def jsonl_source(path: str, text_field: str = "text", *, key: str = "data.train_
 
     Raises:
         FileNotFoundError: when nothing matches the path.
-        ValueError: while reading, naming file and line, on a line that is not a JSON object with that text.
+        ValueError: while reading, on a file that cannot be read to its end, and as `BadLines` has it on a line that is
+            not a JSON object with that text.
     """
     files = find_files(path, key)
     rows = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
 
-    def read() -> Iterator[str]:
+    def read(bad: BadLines) -> Iterator[str]:
         for file in files:
-            yield from _read_file(file, text_field)
+            yield from _read_file(file, text_field, bad)
 
     name = files[0] if len(files) == 1 else f"{path} ({len(files)} files)"
     return Source(name, _digest(["jsonl", text_field, rows]), read)
@@ -94,44 +144,65 @@ def find_files(path: str, key: str = "data.train_path") -> list[str]:
     return found
 
 
-def _read_file(file: str, text_field: str) -> Iterator[str]:
+def _read_file(file: str, text_field: str, bad: BadLines) -> Iterator[str]:
     number = 0
     for number, line in enumerate(_lines(file), start=1):
-        if line.strip("\ufeff \t\r\n"):
-            yield _document(line.removeprefix("\ufeff"), text_field, f"{file}, line {number}")
+        if line is not None and not line.strip(b"\xef\xbb\xbf \t\r\n"):
+            continue
+        try:
+            text = _document(line, text_field, f"{file}, line {number}")
+        except ValueError as error:
+            bad.skip(error)
+            continue
+        bad.lines += 1
+        yield text
     if number == 0:
         raise ValueError(f'{file}: the file is empty; expected one JSON object per line, {{"{text_field}": "…"}}')
 
 
-def _lines(file: str) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.utils.logging import set_verbosity_error
+def _lines(file: str) -> Iterator[bytes | None]:
+    """The lines of a file; None in place of one that is longer than `MAX_LINE_BYTES`, which is never held whole."""
+    import zstandard
 
-    set_verbosity_error()
-    if os.path.getsize(file) == 0:
-        return
+    number = 0
     try:
-        # Lines as text, not datasets' JSON reader: that one cannot say which line is wrong.
-        rows: Any = load_dataset("text", data_files=[glob.escape(file)], split="train", streaming=True)
-        for batch in rows.iter(batch_size=1000):
-            yield from batch["text"]
+        with _open(file) as content:
+            while line := content.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                whole = len(line) <= MAX_LINE_BYTES
+                yield line if whole else None
+                while not whole and line and not line.endswith(b"\n"):
+                    line = content.readline(PIECE_BYTES)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{file}: cannot be read after line {number} ({reason}); is it damaged or compressed under a wrong name?"
+        ) from None
+
+
+def _open(file: str) -> IO[bytes]:
+    if file.endswith(".gz"):
+        return gzip.open(file, "rb")  # type: ignore[return-value]
+    content = open(file, "rb")  # noqa: SIM115
+    if not file.endswith(".zst"):
+        return content
+    import zstandard
+
+    frames = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True, closefd=True)
+    return io.BufferedReader(frames)
+
+
+def _document(line: bytes | None, text_field: str, where: str) -> str:
+    if line is None:
+        raise ValueError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line")
+    try:
+        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
     except UnicodeDecodeError:
         raise ValueError(
-            f"{file}: not UTF-8 text but binary, compressed or in another encoding; expected JSON lines in UTF-8"
+            f"{where}: not UTF-8 text but binary, compressed or in another encoding; expected JSON lines in UTF-8"
         ) from None
-    except (OSError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); is it damaged or compressed under a wrong name?") from None
-    except Exception as error:
-        if type(error).__name__ != "ZstdError" and type(error).__module__ != "zlib":
-            raise
-        raise ValueError(f"{file}: cannot be decompressed ({error})") from None
-
-
-def _document(line: str, text_field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        if "\0" in line:
+        if b"\0" in line:
             raise ValueError(f"{where}: binary data, not JSON; expected one JSON object per line") from None
         raise ValueError(f'{where}: not JSON ({error}); expected {{"{text_field}": "…"}}') from None
     if not isinstance(record, dict):

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlm_mhc.data.sources import Source
+from rlm_mhc.data.sources import BadLines, Source
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_ENTRIES = 257
 TRAINING_CHARACTERS = 64_000_000
 
 
-def train_tokenizer(source: Source, vocab_size: int) -> Any:
+def train_tokenizer(source: Source, vocab_size: int, bad: BadLines | None = None) -> Any:
     """A byte-level BPE of at most `vocab_size` entries, trained on the first 64 million characters of the source.
 
-    Every string is encodable and comes back unchanged. Entry 0 is the end-of-text token.
+    Every string is encodable and comes back unchanged. Entry 0 is the end-of-text token. `bad` says what happens at a
+    bad line; None: an error.
 
     Raises:
         ValueError: when `vocab_size` leaves no room for the 256 bytes and end of text.
@@ -35,7 +36,7 @@ def train_tokenizer(source: Source, vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_head(source.read(), TRAINING_CHARACTERS), trainer)
+    bpe.train_from_iterator(_head(source.read(bad or BadLines()), TRAINING_CHARACTERS), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, model_max_length=int(1e30)
     )

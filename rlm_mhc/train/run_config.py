@@ -5,14 +5,15 @@ from pathlib import Path
 
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.data import Source, builtin_source, jsonl_source
-from rlm_mhc.validation import at_least, check, one_of, positive, section
+from rlm_mhc.validation import at_least, between, check, one_of, positive, section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on: JSON lines at `train_path`, or without one the built-in corpus.
 
-    `max_length` is the tokens per sequence; `cache_dir` keeps tokenizer and token files (None: beside the run).
+    `max_length` is the tokens per sequence; a line that cannot be read is skipped, unless `strict`, or more than
+    `max_bad_fraction` of them are bad; `cache_dir` keeps tokenizer and token files (None: beside the run).
     """
 
     train_path: str | None = None
@@ -21,6 +22,8 @@ class DataConfig:
     tokenizer: str = "auto"
     text_field: str = "text"
     shuffle: bool = True
+    strict: bool = False
+    max_bad_fraction: float = between(0, 1, 0.01)
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:

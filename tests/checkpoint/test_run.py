@@ -1,8 +1,20 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from rlm_mhc import fn
-from rlm_mhc.checkpoint import checkpoints, load_run, save_run
+from rlm_mhc.checkpoint import (
+    Writer,
+    checkpoints,
+    load_run,
+    newest_whole,
+    recover,
+    save_run,
+    set_aside,
+    snapshot,
+    verify_run,
+)
 from rlm_mhc.testing import assert_trees_close, small_config
 from rlm_mhc.tree import tree_map
 
@@ -61,8 +73,88 @@ def test_a_failed_save_leaves_no_checkpoint(tmp_path):
 def test_damaged_run_files_are_named(tmp_path):
     path, *_ = save(tmp_path, 7)
     (path / "optimizer.pt").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"optimizer\.pt: damaged"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt: damaged, it has 8 bytes"):
         load_run(path, fn.adamw_init)
     (path / "optimizer.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"no optimizer\.pt"):
         load_run(path, fn.adamw_init)
+
+
+class Malice:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "generators.pt"])
+def test_no_pickled_code_runs_even_where_the_manifest_fits(tmp_path, name):
+    path, *_ = save(tmp_path, 7)
+    torch.save({"step": Malice(tmp_path / "harm")}, path / name)
+    assert torch.load(path / name, weights_only=False)
+    assert (tmp_path / "harm").exists()
+    (tmp_path / "harm").unlink()
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=name):
+            load_run(path, fn.adamw_init, verify=verify)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_named(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    said = []
+    assert newest_whole(tmp_path, said.append).name == "checkpoint-3"
+    weights = tmp_path / "checkpoint-3" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "checkpoint-2" / "config.json").unlink()
+    assert newest_whole(tmp_path, said.append).name == "checkpoint-1"
+    assert len(said) == 2
+    assert "checkpoint-3/model.safetensors: damaged, its content is not what was written" in said[0]
+    assert "checkpoint-2: damaged, it has no config.json" in said[1]
+    set_aside(tmp_path / "checkpoint-3")
+    assert checkpoints(tmp_path)[-1].name == "checkpoint-2"
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
+        newest_whole(tmp_path, said.append)
+    assert newest_whole(tmp_path / "empty", said.append) is None
+
+
+def test_what_a_killed_save_left_is_cleared_up(tmp_path):
+    path, *_ = save(tmp_path, 1)
+    path.rename(tmp_path / ".checkpoint-1.old")  # killed between the two renames
+    for name in (".checkpoint-2.tmp", ".checkpoint-0.gone"):
+        (tmp_path / name).mkdir()
+    recover(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    verify_run(path)
+
+
+def test_equal_runs_give_equal_files(tmp_path):
+    a, b = (save(tmp_path / name, 4)[0] for name in "ab")
+    for file in a.iterdir():
+        assert file.read_bytes() == (b / file.name).read_bytes(), file.name
+
+
+def test_a_failing_write_is_told_of_and_another_error_is_not_swallowed():
+    def fail(error):
+        raise error
+
+    said = []
+    with Writer(said.append) as writer:
+        writer.submit(lambda: fail(OSError(28, "No space left on device")), "checkpoint-1")
+        assert writer.wait().errno == 28
+        writer.submit(lambda: fail(KeyError("a mistake of ours")), "checkpoint-2")
+        with pytest.raises(KeyError, match="ours"):
+            writer.wait()
+    assert said == ["checkpoint-1 could not be written: [Errno 28] No space left on device"]
+
+
+def test_a_snapshot_stays_while_the_state_is_updated():
+    state = (torch.ones(3), torch.zeros(()))
+    copy = snapshot(state)
+    state[0].add_(1)
+    assert torch.equal(copy[0], torch.ones(3))

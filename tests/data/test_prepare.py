@@ -14,7 +14,7 @@ def texts(count, seed=0):
 
 
 def source(documents, fingerprint="a"):
-    return Source("test", fingerprint, lambda: iter(documents))
+    return Source("test", fingerprint, lambda bad: iter(documents))
 
 
 def run(folder, documents, **options):
@@ -114,3 +114,25 @@ def test_tokenizers_from_a_folder(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{broken")
     with pytest.raises(FileNotFoundError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path / "tokenizer"), 300)
+
+
+def test_bad_lines_are_counted_once_and_also_of_reused_files(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(199)) + "nonsense\n")
+
+    def prepared(**options):
+        said = []
+        data = run(tmp_path / "tokens", jsonl_source(str(file)), say=said.append, **options)
+        return data, [line for line in said if line.startswith("bad")]
+
+    data, said = prepared()
+    assert data.bad_fraction == 1 / 200
+    assert said == [f"bad line     {file}, line 200: {said[0].split(': ', 1)[1]}", "bad lines    1 of 200 skipped"]
+    again, said = prepared()
+    assert again.bad_fraction == 1 / 200
+    assert said == ["bad lines    1 of 200 skipped"]
+    assert again.fingerprint == data.fingerprint
+    with pytest.raises(ValueError, match="line 200"):
+        prepared(strict=True)
+    with pytest.raises(ValueError, match=r"max_bad_fraction=0\.001"):
+        prepared(max_bad_fraction=0.001)

@@ -4,7 +4,7 @@ import json
 import pytest
 import zstandard
 
-from rlm_mhc.data import builtin_source, jsonl_source
+from rlm_mhc.data import BadLines, builtin_source, jsonl_source
 
 TEXTS = ["one", "zwei\nlines", "三 😀", ""]
 LINES = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(TEXTS))
@@ -21,8 +21,8 @@ LINES = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(TE
 def test_reads_every_compression_twice(tmp_path, name, encode):
     (tmp_path / name).write_bytes(encode(LINES.encode()))
     source = jsonl_source(str(tmp_path / name))
-    assert list(source.read()) == TEXTS
-    assert list(source.read()) == TEXTS
+    assert list(source.read(BadLines())) == TEXTS
+    assert list(source.read(BadLines())) == TEXTS
 
 
 def test_folder_and_glob_and_blank_lines(tmp_path):
@@ -30,13 +30,13 @@ def test_folder_and_glob_and_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n\n{"text": "2"}')
     (tmp_path / "b" / "c.jsonl").write_text('{"text": "3"}\r\n')
     (tmp_path / "notes.md").write_text("not data")
-    assert list(jsonl_source(str(tmp_path)).read()) == ["1", "2", "3"]
-    assert list(jsonl_source(str(tmp_path / "*.jsonl")).read()) == ["1", "2"]
+    assert list(jsonl_source(str(tmp_path)).read(BadLines())) == ["1", "2", "3"]
+    assert list(jsonl_source(str(tmp_path / "*.jsonl")).read(BadLines())) == ["1", "2"]
 
 
 def test_another_field_and_lone_surrogates(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x\\ud800y"}\n')
-    assert list(jsonl_source(str(tmp_path), "body").read()) == ["x\ufffdy"]
+    assert list(jsonl_source(str(tmp_path), "body").read(BadLines())) == ["x\ufffdy"]
 
 
 def test_fingerprint_follows_the_content(tmp_path):
@@ -67,7 +67,7 @@ def test_bad_data_names_the_file_and_the_line(tmp_path, content, words):
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        list(jsonl_source(str(file)).read())
+        list(jsonl_source(str(file)).read(BadLines()))
     assert all(word in str(caught.value) for word in [str(file), *words]), caught.value
 
 
@@ -75,7 +75,7 @@ def test_bad_data_names_the_file_and_the_line(tmp_path, content, words):
 def test_a_damaged_archive_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"not an archive at all")
     with pytest.raises(ValueError, match=name):
-        list(jsonl_source(str(tmp_path / name)).read())
+        list(jsonl_source(str(tmp_path / name)).read(BadLines()))
 
 
 def test_missing_files_are_named(tmp_path):
@@ -90,8 +90,65 @@ def test_missing_files_are_named(tmp_path):
 
 def test_builtin_corpus_is_real_text():
     source = builtin_source()
-    documents = [text for text, _ in zip(source.read(), range(200), strict=False)]
+    documents = [text for text, _ in zip(source.read(BadLines()), range(200), strict=False)]
     assert len(documents) == 200
     assert all(text.strip() for text in documents)
     assert any("The" in text for text in documents)
     assert builtin_source().fingerprint == source.fingerprint
+
+
+GOOD = b'{"text": "good"}\n'
+BAD = [
+    b"nonsense\n",
+    b'{"text": "\xff"}\n',
+    b'{"body": "a"}\n',
+    b"[1]\n",
+    b'{"text": 1}\n',
+    b"\0\n",
+    b"[" * 9999 + b"\n",
+]
+
+
+@pytest.mark.parametrize("encode", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
+def test_bad_lines_are_skipped_counted_and_the_first_ones_named(tmp_path, encode):
+    file = tmp_path / {bytes: "a.jsonl", gzip.compress: "a.jsonl.gz"}.get(encode, "a.jsonl.zst")
+    # Two members or frames, one after the other.
+    file.write_bytes(encode(GOOD * 3 + b"".join(BAD)) + encode(GOOD * 4))
+    said = []
+    bad = BadLines(strict=False, max_fraction=0.5, say=said.append)
+    assert list(jsonl_source(str(file)).read(bad)) == ["good"] * 7
+    assert (bad.lines, bad.bad) == (7 + len(BAD), len(BAD))
+    assert len(said) == 5
+    assert said[0].startswith(f"bad line     {file}, line 4: not JSON")
+    assert "line 5: not UTF-8" in said[1]
+    bad.finish()
+    bad.max_fraction = 0.4
+    with pytest.raises(ValueError, match=r"7 of 14 lines are bad.*max_bad_fraction=0\.4.*line 4: not JSON"):
+        bad.finish()
+
+
+def test_too_many_bad_lines_end_the_reading_early(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"body": "a"}\n' * 5000)
+    bad = BadLines(strict=False, max_fraction=0.01)
+    with pytest.raises(ValueError, match=r"1000 of 1000 lines.*data\.text_field"):
+        list(jsonl_source(str(file)).read(bad))
+
+
+def test_an_endless_line_is_one_bad_line_and_is_never_held(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlm_mhc.data.sources.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("rlm_mhc.data.sources.PIECE_BYTES", 7)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD + b'{"text": "' + b"x" * 1000 + b'"}\n' + GOOD + b"[" * 500)
+    bad = BadLines(strict=False, max_fraction=1.0)
+    assert list(jsonl_source(str(file)).read(bad)) == ["good", "good"]
+    assert (bad.lines, bad.bad) == (4, 2)
+    assert "line 2: longer than" in bad.first
+
+
+def test_an_archive_that_ends_early_is_an_error_and_says_where(tmp_path):
+    file = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(9999)))
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read after line \d{3,}"):
+        list(jsonl_source(str(file)).read(BadLines(strict=False, max_fraction=1.0)))

@@ -1,0 +1,160 @@
+"""Kills, signals, disks that fail and damaged checkpoints, from the command line."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlm_mhc.testing.models import SMALL_RUN
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {r["step"]: r["train/loss"] for r in records(folder)}
+
+
+@pytest.fixture
+def started(corpus, tmp_path):
+    """A run in a process of its own, that has logged a step."""
+    processes = []
+
+    def start(*arguments, resources=None):
+        out = tmp_path / "run"
+        command = [sys.executable, str(RECIPES / "pretrain_1b.py"), *SMALL_RUN, f"data.train_path={corpus}"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=resources)
+        process = subprocess.Popen([*command, f"output_dir={out}", *arguments], **pipes)
+        processes.append(process)
+        while process.poll() is None and not ((out / "metrics.jsonl").is_file() and records(out)):
+            time.sleep(0.05)
+        return process, out
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_fifty_kills_in_short(tmp_path):
+    command = [sys.executable, str(RECIPES / "torture.py"), "--kills", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("5 kills, 0 differences\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(started, pretrain, corpus, name):
+    process, out = started("training.max_steps=100000")
+    process.send_signal(getattr(signal, name))
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"{name}: finishing the step" in errors
+    assert "resume=auto" in said.splitlines()[-1]
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert checkpoint.name in said.splitlines()[-1]
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["step"]
+    assert abs(records(out)[-1]["step"] - step) <= 1
+    more = [f"data.train_path={corpus}", f"output_dir={out}", f"training.max_steps={step + 2}", "resume=auto"]
+    result = pretrain(*more)
+    assert result.code == 0, result.err
+    assert "changed      training.max_steps: 100000 before" in result.out
+    assert [r["step"] for r in records(out)] == list(range(1, step + 3))
+
+
+def test_sigusr1_saves_and_goes_on_and_a_second_sigterm_ends_at_once(started):
+    process, out = started("training.max_steps=100000")
+    process.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 60
+    while not list((out / "checkpoints").glob("checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    before = len(records(out))
+    while len(records(out)) < before + 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() is None
+    assert len(list((out / "checkpoints").glob("checkpoint-*"))) == 1
+    process.send_signal(signal.SIGSTOP)  # so that both are there before the step ends
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.wait(60)
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_comes_out_the_same(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=6", "training.save_steps=2"]
+    assert pretrain(*arguments).code == 0
+    expected, newest = losses(out), out / "checkpoints" / "checkpoint-6"
+    files = {path.name: path.read_bytes() for path in newest.iterdir()}
+    weights = bytearray(files["model.safetensors"])
+    weights[-5] ^= 4
+    (newest / "model.safetensors").write_bytes(weights)
+    (out / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
+    result = pretrain(*arguments, "resume=auto")
+    assert result.code == 0, result.err
+    assert "checkpoint-6/model.safetensors: damaged" in result.out
+    assert "checkpoint-4/optimizer.pt: damaged" in result.out
+    assert "resumed      " in result.out
+    assert "step 2: weights, optimizer, schedule, random generators, place in the data" in result.out
+    assert losses(out) == expected
+    again = {path.name: path.read_bytes() for path in newest.iterdir()}
+    changed = {name for name in files if files[name] != again[name]}
+    assert changed <= {"config.yaml", "trainer_state.json"}  # resume=auto is in the one, its checksum in the other
+    assert (out / "checkpoints" / "checkpoint-6.damaged").is_dir()
+
+
+def test_another_batch_size_goes_on_where_sequences_line_up(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "resume=auto"]
+    assert pretrain(*arguments, "training.max_steps=3").code == 0  # 3 × 2 × 2 sequences
+    refused = pretrain(*arguments, "training.max_steps=5", "training.batch_size=4")
+    assert refused.code == 2
+    assert "consumed 12 sequences" in refused.last_error
+    assert "4 as before, or one of 1, 2, 3, 4, 6, 12 sequences per step would work" in refused.last_error
+    result = pretrain(*arguments, "training.max_steps=5", "training.batch_size=3")
+    assert result.code == 0, result.err
+    assert "changed      training.batch_size: 2 before, 3 now" in result.out
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5]
+    assert [r["tokens"] for r in records(out)] == [64, 128, 192, 288, 384]
+
+
+def test_a_folder_that_vanishes_is_made_anew_with_all_that_was_logged(started):
+    process, out = started("training.max_steps=100000", "training.save_steps=1000000")
+    shutil.rmtree(out)
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert [r["step"] for r in records(out)] == list(range(1, len(records(out)) + 1))
+    assert len(list((out / "checkpoints").iterdir())) == 1
+
+
+def test_a_disk_that_takes_no_more_does_not_end_the_run_before_its_end(pretrain, corpus, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.save_steps=2"]
+    assert pretrain(*arguments, "training.max_steps=2").code == 0
+    whole = {path: path.read_bytes() for path in (out / "checkpoints" / "checkpoint-2").iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rlm_mhc.checkpoint.run.sync_tree", full)
+    result = pretrain(*arguments, "training.max_steps=6", "resume=auto")
+    assert result.code == 2
+    said = result.out + result.err
+    assert said.count("No space left on device; the training goes on") == 2
+    assert "the training is done, but its last checkpoint could not be written" in result.last_error
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
