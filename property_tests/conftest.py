@@ -1,5 +1,5 @@
-"""Profiles: `dev` is fast, `ci` thorough and the same every time; choose with `--hypothesis-profile=ci`. `mutations`
-is for `mutations.py`: a few examples, the first failure as it is."""
+"""Profiles: `dev` is fast, `ci` thorough and the same every time; choose with `--hypothesis-profile=ci`; `fuzz` runs for
+long. `mutations` is for `mutations.py`: a few examples, the first failure as it is."""
 
 import os
 
@@ -11,6 +11,7 @@ from jaxtyping import config as jaxtyping_config
 shared = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", max_examples=25, **shared)
 settings.register_profile("ci", max_examples=200, derandomize=True, **shared)
+settings.register_profile("fuzz", max_examples=5000, **shared)
 settings.register_profile("mutations", max_examples=12, derandomize=True, phases=[Phase.generate], **shared)
 # The option, where it is given, comes after this and wins.
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

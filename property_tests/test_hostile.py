@@ -1,0 +1,143 @@
+"""Whatever the bytes of a file or the values of a config: what comes out is a result, or an error for people.
+
+A longer run: `pytest property_tests/test_hostile.py --hypothesis-profile=fuzz`.
+"""
+
+import dataclasses
+import json
+import resource
+import string
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlm_mhc import fn, load_pretrained, save_pretrained
+from rlm_mhc.checkpoint import load_run, save_run
+from rlm_mhc.data import BadLines, jsonl_source
+from rlm_mhc.testing import small_config
+from rlm_mhc.train import RunConfig
+from rlm_mhc.train.output import read_config, write_config
+from rlm_mhc.validation import build
+
+ALLOWED = (ValueError, FileNotFoundError)
+MOST_MEMORY_KIB = 1 << 20
+CONFIG = small_config(num_layers=1)
+PARAMS = fn.init(CONFIG)
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=9),
+    st.sampled_from(["auto", "bf16", "none", 10**400, -1, 0, 1e308]),
+)
+KEYS = st.sampled_from([f.name for f in dataclasses.fields(RunConfig)]) | st.text(string.ascii_letters, max_size=9)
+FIELDS = st.sampled_from(["hidden_dim", "num_heads", "optimizer", "lr", "betas", "batch_size", "max_length", "project"])
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | FIELDS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_stays_bounded():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY_KIB
+
+
+def result_or_error(read):
+    """What `read` gives, or None where it fails as it should."""
+    try:
+        return read()
+    except ALLOWED as error:
+        said = str(error)
+    assert said.strip(), "an error without a word"
+    return None
+
+
+@st.composite
+def mutilated(draw, content):
+    """Bytes with some replaced, removed, repeated, or put in."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(content)))
+        end = min(len(content), start + draw(st.integers(0, 40)))
+        content[start:end] = draw(st.binary(max_size=20) | st.just(bytes(content[start:end] * 3)) | st.just(b""))
+    return bytes(content)
+
+
+def written(write):
+    """The files that `write(folder)` leaves, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder)) or Path(folder)
+        return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+PRETRAINED = written(lambda folder: save_pretrained(folder, PARAMS, CONFIG))
+RUN = written(lambda folder: save_run(folder, PARAMS, CONFIG, fn.adamw_init(PARAMS), {"step": 1}, keep=1))
+YAML = written(lambda folder: write_config(RunConfig(), folder / "config.yaml"))["config.yaml"]
+
+
+def place(folder, files):
+    for name, content in files.items():
+        (Path(folder) / name).write_bytes(content)
+
+
+@given(TREES)
+def test_any_tree_of_values_is_a_config_or_an_error(tree):
+    config = result_or_error(lambda: build(RunConfig, tree))
+    assert config is None or isinstance(config, RunConfig)
+
+
+@given(st.binary(max_size=300) | mutilated(YAML) | TREES.map(lambda tree: json.dumps(tree).encode()))
+def test_any_bytes_are_a_config_file_or_an_error(content):
+    with tempfile.TemporaryDirectory() as folder:
+        place(folder, {"config.yaml": content})
+        config = result_or_error(lambda: read_config(Path(folder, "config.yaml")))
+        assert config is None or isinstance(config, RunConfig)
+
+
+@pytest.mark.parametrize("content", [b"a: &a [x]\n" + b"b: *a\n", b"[" * 50_000, b"{" * 50_000, b"a: " * 50_000, b"\0"])
+def test_bombs_of_yaml_are_errors(tmp_path, content):
+    place(tmp_path, {"config.yaml": content})
+    with pytest.raises(ValueError, match=r"config\.yaml: not a config"):
+        read_config(tmp_path / "config.yaml")
+
+
+LINES = st.lists(st.binary(max_size=60) | TREES.map(lambda x: json.dumps({"text": x}).encode()), max_size=8)
+
+
+@given(LINES, st.sampled_from([".jsonl", ".jsonl.gz", ".jsonl.zst"]))
+def test_any_lines_are_texts_or_counted_or_an_error(lines, suffix):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"data{suffix}")
+        file.write_bytes(b"\n".join(lines))
+        bad = BadLines(strict=False, max_fraction=1.0)
+        texts = result_or_error(lambda: list(jsonl_source(str(file)).read(bad)))
+        if texts is not None:
+            assert all(isinstance(text, str) and text.encode() is not None for text in texts)
+            assert len(texts) + bad.bad == bad.lines
+
+
+@given(st.sampled_from(sorted(PRETRAINED)), st.data())
+def test_any_bytes_are_a_model_or_an_error(name, data):
+    content = data.draw(mutilated(PRETRAINED[name]) | st.binary(max_size=200))
+    with tempfile.TemporaryDirectory() as folder:
+        place(folder, PRETRAINED | {name: content})
+        loaded = result_or_error(lambda: load_pretrained(folder, verify=data.draw(st.booleans())))
+        assert loaded is None or isinstance(loaded[0].norm.weight, torch.Tensor)
+
+
+@given(st.sampled_from(sorted(RUN)), st.data())
+def test_any_bytes_are_a_run_or_an_error(name, data):
+    content = data.draw(mutilated(RUN[name]) | st.binary(max_size=200))
+    with tempfile.TemporaryDirectory() as folder:
+        place(folder, RUN | {name: content})
+        result_or_error(lambda: load_run(Path(folder), fn.adamw_init, verify=data.draw(st.booleans())))
