@@ -1,5 +1,5 @@
-"""Profiles: `dev` is fast, `ci` thorough and the same every time; choose with `--hypothesis-profile=ci`; `fuzz` runs for
-long. `mutations` is for `mutations.py`: a few examples, the first failure as it is."""
+"""Profiles: `dev` is fast, `ci` thorough and the same every time; choose with `--hypothesis-profile=ci`. `fuzz` runs
+for long; `mutations` is for `mutations.py`: a few examples, the first failure as it is."""
 
 import os
 
