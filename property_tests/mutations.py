@@ -17,6 +17,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 AT_ONCE = 2
 COMMAND = ["-m", "pytest", "property_tests", "-m", "not slow", "--hypothesis-profile=mutations", "-q", "-rf"]
+# Its laws hold for broken mathematics as well: no mutation here is one of reading hostile bytes.
+COMMAND += ["--ignore=property_tests/test_hostile.py"]
 
 
 class Mutation(NamedTuple):
