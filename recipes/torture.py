@@ -10,12 +10,15 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from rlm_mhc.disk import checksum
@@ -56,7 +59,7 @@ def main(kills: int, seed: int, overrides: list[str]) -> int:
         while done < kills:
             if complete(killed, STEPS_PER_KILL * kills):  # too soon: compare, and kill another run
                 differences += compare(whole / OUT, killed / OUT)
-                subprocess.run(["rm", "-rf", str(killed / OUT)], check=True)
+                shutil.rmtree(killed / OUT)
             moment, when = choose_moment(rng, done)
             if kill_at(command, killed, moment):
                 done += 1
@@ -83,7 +86,7 @@ def choose_moment(rng: random.Random, number: int) -> tuple[Callable[[Path], boo
         return after(lambda folder: True, seconds), f"{seconds:.1f} s after the start"
     if kind == "save":
         seconds = 0.03 * delay
-        return after(saving, seconds), f"{1000 * seconds:.0f} ms into a save"
+        return after(partial(saving, time.time()), seconds), f"{1000 * seconds:.0f} ms into a save"
     seconds = 2 * delay
     before: list[int] = []
 
@@ -106,16 +109,15 @@ def after(event: Callable[[Path], bool], seconds: float) -> Callable[[Path], boo
     return due
 
 
-def saving(folder: Path) -> bool:
-    """Whether a checkpoint is being written."""
-    return any((folder / OUT / "checkpoints").glob(".checkpoint-*.tmp"))
+def saving(since: float, folder: Path) -> bool:
+    """Whether a checkpoint is being written that was begun after `since`: the last kill may have left another."""
+    with suppress(FileNotFoundError):  # whole, and renamed, between two looks
+        return any(path.stat().st_ctime > since for path in (folder / OUT / "checkpoints").glob(".checkpoint-*.tmp"))
+    return False
 
 
 def kill_at(command: list[str], folder: Path, due: Callable[[Path], bool]) -> bool:
     """Start the run and kill it when it is due; false where it ended before."""
-    for stale in (folder / OUT / "checkpoints").glob(".checkpoint-*.tmp"):
-        stale.rename(stale.with_name(".checkpoint-0.tmp"))  # of the last kill: not the save that is waited for
-        break
     process = start(command, folder)
     while process.poll() is None:
         if due(folder):
