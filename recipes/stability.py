@@ -24,7 +24,7 @@ from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.train import DataConfig, RunConfig, command, pick_device
 from rlm_mhc.train.curves import label_axes, save_figure
 from rlm_mhc.train.device import check_compiler
-from rlm_mhc.train.loop import evaluate
+from rlm_mhc.train.evaluate import evaluate
 from rlm_mhc.validation import at_least, check, one_of, positive
 
 VARIANTS: dict[str, dict[str, Any]] = {

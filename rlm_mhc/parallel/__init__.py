@@ -2,6 +2,7 @@
 
 from rlm_mhc.parallel.agreement import checksum, code_version, require_agreement
 from rlm_mhc.parallel.ranks import (
+    ALONE,
     Ranks,
     Vote,
     all_reduce,
@@ -15,6 +16,7 @@ from rlm_mhc.parallel.ranks import (
 from rlm_mhc.parallel.watch import watch_ranks
 
 __all__ = [
+    "ALONE",
     "Ranks",
     "Vote",
     "all_reduce",

@@ -33,6 +33,9 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
 
+ALONE = Ranks()
+
+
 def find_ranks() -> Ranks:
     """Who torchrun says this process is, met at its rendezvous; alone, nothing is started.
 

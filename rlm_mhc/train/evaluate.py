@@ -4,14 +4,12 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.data import Prepared, eval_batches
-from rlm_mhc.parallel import Ranks, sum_over_ranks
+from rlm_mhc.parallel import ALONE, Ranks, sum_over_ranks
 from rlm_mhc.params import cast
 from rlm_mhc.program.head import chunk_tokens, chunks
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.train.run_config import RunConfig
-
-ALONE = Ranks()
 
 
 def evaluate(state: TrainState, run: RunConfig, data: Prepared, ranks: Ranks = ALONE) -> float | None:

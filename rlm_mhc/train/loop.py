@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rlm_mhc import fn
 from rlm_mhc.data import Prepared, next_batch
-from rlm_mhc.parallel import Ranks
+from rlm_mhc.parallel import ALONE, Ranks
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.program.step import TrainStep
 from rlm_mhc.train.curves import draw_curves
@@ -28,7 +28,6 @@ from rlm_mhc.train.signals import Request, Signals
 from rlm_mhc.train.start import Start
 
 SECONDS_BETWEEN_PICTURES = 15.0
-ALONE = Ranks()
 
 
 def train(

@@ -33,12 +33,12 @@ class Saver:
 
     def save(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
         """Copy the state, and begin to write it; to be called by every rank."""
-        number = int(state.step)
-        described = self._describe(state, position, tokens, watch)
         states = gather(self.ranks, generator_states())
+        number = int(state.step)
         if not self.ranks.is_first or number == self.newest:
             return
         self.newest = number
+        described = self._describe(state, position, tokens, watch)
         self.writer.wait()  # before there is another copy
         params, optimizer = snapshot((state.params, state.optimizer))
         folder = Path(self.run.output_dir)

@@ -18,7 +18,7 @@ from rlm_mhc.checkpoint import (
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
 from rlm_mhc.fn import LMParams, adamw_init
-from rlm_mhc.parallel import Ranks
+from rlm_mhc.parallel import ALONE, Ranks
 from rlm_mhc.program import TrainState, init_train_state
 from rlm_mhc.program.precision import LossScale, init_loss_scale
 from rlm_mhc.program.state import resume_train_state
@@ -26,7 +26,6 @@ from rlm_mhc.train.output import CONFIG_FILE, METRICS_FILE, read_config
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.tree import tree_map
 
-ALONE = Ranks()
 # What says how and where to run, not what.
 NOT_COMPARED = ("output_dir", "resume", "resume_from_checkpoint", "resume_optimizer", "overwrite", "debug")
 
