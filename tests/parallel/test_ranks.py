@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +122,33 @@ def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(corpus, tm
     last = errors.rstrip().splitlines()[-1]
     assert f"rank {1 - dying} ends because" in last
     assert f"rank {dying}" in last.split("because")[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_from_there(corpus, tmp_path, two_ranks):
+    out, other = tmp_path / "run", tmp_path / "other"
+    common = [corpus, "training.scheduler.min_lr_ratio=1"]  # no cosine, which would depend on max_steps
+    ranks = two_ranks(*common, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, 120)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate(timeout=90) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert f"saved as {checkpoint}" in said[0][0].splitlines()[-1]
+    saved = load_run(checkpoint, adamw_init)
+    first, second = saved.generators  # one state by rank, of seeds of their own
+    assert not first["torch"].equal(second["torch"])
+
+    step = saved.trainer_state["step"]
+    one_process = [*common, f"training.max_steps={step + 3}", "training.batch_size=4"]
+    went_on = alone(*one_process, f"output_dir={out}", "resume=auto")
+    assert went_on.returncode == 0, went_on.stderr
+    assert "changed      training.batch_size: 2 before, 4 now" in went_on.stdout
+    assert alone(*one_process, f"output_dir={other}").returncode == 0
+    a, b = losses(out), losses(other)
+    assert [row[:2] for row in a] == [row[:2] for row in b] == [(n, b[0][1] * n) for n in range(1, step + 4)]
+    assert [row[2] for row in a] == pytest.approx([row[2] for row in b], abs=1e-5)
 
 
 @pytest.mark.slow
