@@ -144,7 +144,11 @@ def verify_run(path: Path) -> None:
         FileNotFoundError: when the folder or a file of it is missing.
         ValueError: naming the first file that is not what was written, and how.
     """
-    for name, written in _read_state(path)[1].items():
+    _compare(path, _read_state(path)[1])
+
+
+def _compare(path: Path, files: dict[str, Any]) -> None:
+    for name, written in files.items():
         file = path / name
         if not file.is_file():
             raise FileNotFoundError(f"{path}: damaged, it has no {name}")
@@ -165,9 +169,9 @@ def load_run(
         FileNotFoundError: when the folder or a file of it is missing.
         ValueError: on a damaged file or one that does not fit.
     """
+    trainer_state, files = _read_state(path)
     if verify:
-        verify_run(path)
-    trainer_state = describe_run(path)
+        _compare(path, files)
     params, config = load_pretrained(path, device=device, verify=False)
     example = optimizer(params)
     named = _load_pickle(path / OPTIMIZER_FILE, dict, device)

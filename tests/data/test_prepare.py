@@ -31,6 +31,18 @@ def inputs_and_last_target(windows):
     return np.concatenate([rows[0][0][:1], targets])
 
 
+def test_token_files_are_the_same_for_any_number_of_tokenizing_threads(tmp_path, monkeypatch):
+    written = []
+    for parallel in ("true", "false"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        folder = tmp_path / parallel
+        run(folder, texts(300))
+        written.append(
+            {file: (folder / file).read_bytes() for file in ("train.bin", "eval.bin", "tokenizer/tokenizer.json")}
+        )
+    assert written[0] == written[1]
+
+
 def test_no_token_is_lost_and_documents_come_back(tmp_path):
     documents = texts(50)
     data = run(tmp_path, documents, eval_source=source(texts(3, seed=1), "b"))
