@@ -152,6 +152,19 @@ def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_
 
 
 @pytest.mark.slow
+def test_one_process_replays_a_bad_step_of_two_ranks_with_the_batch_of_both(corpus, tmp_path, two_ranks):
+    wild = ["training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=2"]
+    ranks = two_ranks(corpus, f"output_dir={tmp_path / 'run'}", "training.batch_size=2", *wild)
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert all(rank.returncode != 0 for rank in ranks), said
+    (folder,) = (tmp_path / "run" / "bad_steps").iterdir()
+    replayed = run([sys.executable, str(RECIPE.with_name("replay.py")), str(folder)])
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "8 sequences of" in replayed.stdout  # 2 ranks × 2 microbatches × 2
+    assert replayed.stdout.endswith("reproduced: every number is as recorded\n")
+
+
+@pytest.mark.slow
 def test_a_mistake_on_the_first_rank_is_told_to_the_other(corpus, tmp_path, two_ranks):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
