@@ -17,6 +17,7 @@ CURVES_FILE = "curves.png"
 CHECKPOINTS = "checkpoints"
 BAD_STEPS = "bad_steps"
 LARGEST_CONFIG_BYTES = 1 << 20
+DEEPEST_CONFIG = 16
 
 
 def open_output(run: RunConfig) -> Path | None:
@@ -88,12 +89,24 @@ def read_config(file: Path) -> RunConfig:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, more than a config can have")
     try:
         text = file.read_text(encoding="utf-8")
-        # A few bytes of aliases can stand for more values than memory holds, and a config has none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases")
+        _require_simple(text)
         return build(RunConfig, yaml.safe_load(text))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file}: not a config of this library ({' '.join(str(error).split())})") from None
+
+
+def _require_simple(text: str) -> None:
+    """Refuse aliases, a few bytes of which can stand for more values than memory holds, and deep nesting, which PyYAML
+    takes time for that grows with the square of the depth; a config has neither."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_CONFIG:
+            raise ValueError(f"it is nested more than {DEEPEST_CONFIG} deep")
 
 
 def _named_checkpoint(name: str) -> Path:
