@@ -94,7 +94,7 @@ MUTATIONS = [
     Mutation("metadata lost on disk", "checkpoint/tensors.py", '{"format": "pt", CHECKSUM:', "{CHECKSUM:"),
     Mutation("names changed on disk", "checkpoint/tensors.py", "save_file(on_cpu, file,", 'save_file({f"model.{k}": v for k, v in on_cpu.items()}, file,'),
     Mutation("checksums not compared", "checkpoint/tensors.py", "if verify and CHECKSUM in metadata:", "if False:"),
-    Mutation("manifest not compared", "checkpoint/run.py", "    if verify:\n        _compare(path, files)\n", ""),
+    Mutation("manifest not compared", "checkpoint/run.py", "verify_run(path) if verify else describe_run(path)", "describe_run(path)"),
     Mutation("config lost on disk", "checkpoint/weights.py", "**dataclasses.asdict(config)}", "**dataclasses.asdict(config.replace(norm_eps=1e-5))}"),
     Mutation("windows lose a token", "data/packing.py", "start + self.length + 1]", "start + self.length]"),
     Mutation("windows repeat a token", "data/packing.py", "start = (self.first + index) * self.length", "start = max(0, (self.first + index) * self.length - 1)"),

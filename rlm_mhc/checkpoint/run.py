@@ -137,17 +137,14 @@ def describe_run(path: Path) -> dict[str, Any]:
     return _read_state(path)[0]
 
 
-def verify_run(path: Path) -> None:
-    """Compare every file of a checkpoint with the manifest.
+def verify_run(path: Path) -> dict[str, Any]:
+    """Compare every file of a checkpoint with the manifest; returns what `describe_run` does.
 
     Raises:
         FileNotFoundError: when the folder or a file of it is missing.
         ValueError: naming the first file that is not what was written, and how.
     """
-    _compare(path, _read_state(path)[1])
-
-
-def _compare(path: Path, files: dict[str, Any]) -> None:
+    state, files = _read_state(path)
     for name, written in files.items():
         file = path / name
         if not file.is_file():
@@ -156,6 +153,7 @@ def _compare(path: Path, files: dict[str, Any]) -> None:
             raise ValueError(f"{file}: damaged, it has {size} bytes and {written['size']} were written")
         if checksum(file) != written[CHECKSUM]:
             raise ValueError(f"{file}: damaged, its content is not what was written (its checksum differs)")
+    return state
 
 
 def load_run(
@@ -169,9 +167,7 @@ def load_run(
         FileNotFoundError: when the folder or a file of it is missing.
         ValueError: on a damaged file or one that does not fit.
     """
-    trainer_state, files = _read_state(path)
-    if verify:
-        _compare(path, files)
+    trainer_state = verify_run(path) if verify else describe_run(path)
     params, config = load_pretrained(path, device=device, verify=False)
     example = optimizer(params)
     named = _load_pickle(path / OPTIMIZER_FILE, dict, device)

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlm_mhc.checkpoint import checkpoints, newest_whole, recover, set_aside
 from rlm_mhc.disk import replace_file
 from rlm_mhc.train.run_config import RunConfig
@@ -83,8 +85,6 @@ def read_config(file: Path) -> RunConfig:
         FileNotFoundError: when there is no such file.
         ValueError: naming the file, when it is not the YAML of a config.
     """
-    import yaml
-
     if file.stat().st_size > LARGEST_CONFIG_BYTES:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, more than a config can have")
     try:
@@ -98,8 +98,6 @@ def read_config(file: Path) -> RunConfig:
 def _require_simple(text: str) -> None:
     """Refuse aliases, a few bytes of which can stand for more values than memory holds, and deep nesting, which PyYAML
     takes time for that grows with the square of the depth; a config has neither."""
-    import yaml
-
     depth = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):

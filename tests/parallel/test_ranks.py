@@ -100,11 +100,12 @@ def two_ranks():
         process.kill()
 
 
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+def wait_for_steps(folder):
+    """Until a few steps are logged."""
+    metrics, end = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
+        assert time.monotonic() < end
         time.sleep(0.2)
-    assert condition()
 
 
 @pytest.mark.slow
@@ -112,8 +113,7 @@ def wait_for(condition, seconds):
 def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(corpus, tmp_path, two_ranks, dying):
     out = tmp_path / "run"
     ranks = two_ranks(corpus, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
-    metrics = out / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, 120)
+    wait_for_steps(out)
     ranks[dying].kill()
     died = time.monotonic()
     _, errors = ranks[1 - dying].communicate(timeout=90)
@@ -129,8 +129,7 @@ def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_
     out, other = tmp_path / "run", tmp_path / "other"
     common = [corpus, "training.scheduler.min_lr_ratio=1"]  # no cosine, which would depend on max_steps
     ranks = two_ranks(*common, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
-    metrics = out / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 3, 120)
+    wait_for_steps(out)
     ranks[1].send_signal(signal.SIGTERM)
     said = [rank.communicate(timeout=90) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
