@@ -19,7 +19,9 @@ class ModelConfig:
     """The shape of a language model whose residual stream is an mHC.
 
     `num_kv_heads=None` is `num_heads`, `head_dim=None` is `hidden_dim / num_heads`, and `ffn_dim=None` is
-    `8/3 · hidden_dim` rounded up to a multiple of 64; after construction the fields hold these numbers.
+    `8/3 · hidden_dim` rounded up to a multiple of 64; after construction the fields hold these numbers. `qkv_bias`
+    and `qk_norm` are what Qwen2 and Qwen3 add to Llama: biases of the query, key and value projections, and an RMS
+    norm of each head's queries and keys before the rotation.
     `mhc_enabled=False` is the plain pre-norm transformer, without any mHC weight. `mhc_preset` names a variant of
     mHC (`rlm_mhc.variants.PRESETS`), `mhc_projection` what its `res` is made by (`rlm_mhc.fn.projections`; None: as
     the preset has it).
@@ -42,6 +44,8 @@ class ModelConfig:
     rope_theta: float = positive(10000.0)
     norm_eps: float = positive(1e-6)
     tie_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
     mhc_enabled: bool = True
     mhc_flows: int = at_least(1, 4)
     mhc_sinkhorn_iters: int = at_least(1, 20)

@@ -21,9 +21,10 @@ INIT_STD = 0.02
 
 
 class Linear(NamedTuple):
-    """`y = x · weightᵀ`, `weight: [out, in]`."""
+    """`y = x · weightᵀ + bias`, `weight: [out, in]`, `bias: [out]` or `()` for none."""
 
     weight: Tensor
+    bias: Tensor | tuple[()] = ()
 
 
 class Embedding(NamedTuple):
@@ -58,12 +59,14 @@ class MHCHead(NamedTuple):
 
 
 class SelfAttention(NamedTuple):
-    """Projections of causal attention with grouped heads."""
+    """Projections of causal attention with grouped heads, and the norms of each head's query and key or `()`."""
 
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
+    q_norm: RMSNorm | tuple[()] = ()
+    k_norm: RMSNorm | tuple[()] = ()
 
 
 class MLP(NamedTuple):
@@ -138,7 +141,7 @@ def weight_table(config: ModelConfig) -> Any:
     return LMParams(
         embed_tokens=Embedding(matrix),  # type: ignore[arg-type]
         layers=(layer,) * config.num_layers,
-        norm=_norm(config),
+        norm=_norm(config.hidden_dim),
         lm_head=() if config.tie_embeddings else Linear(matrix),  # type: ignore[arg-type]
         head_mhc=_mhc_head(config),
     )
@@ -146,20 +149,23 @@ def weight_table(config: ModelConfig) -> Any:
 
 def _layer_table(config: ModelConfig) -> Layer:
     width, ffn = config.hidden_dim, config.ffn_width
-    heads, kv_heads = config.num_heads * config.head_width, config.kv_heads * config.head_width
+    heads, kv_heads, biased = config.num_heads * config.head_width, config.kv_heads * config.head_width, config.qkv_bias
+    head_norm = _norm(config.head_width) if config.qk_norm else ()
     # Every block adds two outputs to the stream: this keeps its variance at init independent of depth.
     output_std = INIT_STD / math.sqrt(2 * config.num_layers)
     return Layer(
         attn_mhc=_mhc(config),
-        input_layernorm=_norm(config),
+        input_layernorm=_norm(width),
         self_attn=SelfAttention(
-            q_proj=_linear(heads, width),
-            k_proj=_linear(kv_heads, width),
-            v_proj=_linear(kv_heads, width),
+            q_proj=_linear(heads, width, biased=biased),
+            k_proj=_linear(kv_heads, width, biased=biased),
+            v_proj=_linear(kv_heads, width, biased=biased),
             o_proj=_linear(width, heads, output_std),
+            q_norm=head_norm,
+            k_norm=head_norm,
         ),
         mlp_mhc=_mhc(config),
-        post_attention_layernorm=_norm(config),
+        post_attention_layernorm=_norm(width),
         mlp=MLP(
             gate_proj=_linear(ffn, width),
             up_proj=_linear(ffn, width),
@@ -168,12 +174,13 @@ def _layer_table(config: ModelConfig) -> Layer:
     )
 
 
-def _linear(out: int, into: int, std: float = INIT_STD) -> Linear:
-    return Linear(WeightSpec((out, into), std=std, decay=True))  # type: ignore[arg-type]
+def _linear(out: int, into: int, std: float = INIT_STD, *, biased: bool = False) -> Linear:
+    bias = WeightSpec((out,)) if biased else ()
+    return Linear(WeightSpec((out, into), std=std, decay=True), bias)  # type: ignore[arg-type]
 
 
-def _norm(config: ModelConfig) -> RMSNorm:
-    return RMSNorm(WeightSpec((config.hidden_dim,), mean=1.0))  # type: ignore[arg-type]
+def _norm(width: int) -> RMSNorm:
+    return RMSNorm(WeightSpec((width,), mean=1.0))  # type: ignore[arg-type]
 
 
 def _mhc(config: ModelConfig) -> MHCParams | tuple[()]:

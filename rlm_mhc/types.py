@@ -26,6 +26,6 @@ StreamMatrix = Float[Tensor, "*b out=n in=n"]
 Vector = Float[Tensor, " c"]
 Tokens = Int[Tensor, "*b s"]
 Logits = Float[Tensor, "*b s v"]
-RotaryTable = Float[Tensor, "s half"]
+RotaryTable = Float[Tensor, "*t s half"]
 
 IGNORED_TARGET = -100

@@ -1,5 +1,6 @@
 """Weights, optimizer and run state on disk."""
 
+from rlm_mhc.checkpoint.config_files import load_config
 from rlm_mhc.checkpoint.generators import generator_states, restore_generators, seed_generators
 from rlm_mhc.checkpoint.run import (
     checkpoints,
@@ -12,7 +13,7 @@ from rlm_mhc.checkpoint.run import (
     set_aside,
     verify_run,
 )
-from rlm_mhc.checkpoint.weights import load_config, load_pretrained, save_pretrained
+from rlm_mhc.checkpoint.weights import load_pretrained, save_pretrained
 from rlm_mhc.checkpoint.writer import Writer, snapshot
 
 __all__ = [

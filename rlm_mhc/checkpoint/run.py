@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlm_mhc.checkpoint.weights import load_pretrained, read_json, require_fit, save_pretrained
+from rlm_mhc.checkpoint.config_files import read_json
+from rlm_mhc.checkpoint.weights import load_pretrained, require_fit, save_pretrained
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.disk import CHECKSUM, checksum, sync, sync_tree
 from rlm_mhc.params import LMParams

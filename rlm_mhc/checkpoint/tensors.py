@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlm_mhc.disk import CHECKSUM
+from rlm_mhc.disk import CHECKSUM, replace_file
 
 HASHING_THREADS = 4
 
 
-def write_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
-    """Write tensors, with the checksums of all; equal tensors give equal files.
+def write_tensors(file: Path, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors, with the checksums of all beside other metadata; equal tensors give equal files.
 
     Raises:
         OSError: when it cannot be written.
@@ -29,7 +29,7 @@ def write_tensors(file: Path, named: Mapping[str, Tensor]) -> None:
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         checksums = dict(zip(on_cpu, pool.map(_digest, on_cpu.values()), strict=True))
     try:
-        save_file(on_cpu, file, metadata={"format": "pt", CHECKSUM: json.dumps(checksums)})
+        save_file(on_cpu, file, metadata={"format": "pt", **(metadata or {}), CHECKSUM: json.dumps(checksums)})
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(f"{file}: cannot be written ({' '.join(str(error).split())[:200]})") from None
     _sort_metadata(file)
@@ -64,6 +64,21 @@ def read_tensors(file: Path, device: torch.device | str = "cpu", *, verify: bool
                 "or read it as it is with verify=False"
             )
     return {name: tensor for name, (tensor, _) in rows.items()}
+
+
+def add_checksums(file: Path) -> None:
+    """Give a file that another library wrote the checksums of its tensors.
+
+    Raises:
+        ValueError: when it is no safetensors file.
+        OSError: when it cannot be written; it is as it was then.
+    """
+    from safetensors import safe_open
+
+    named = read_tensors(file, verify=False)
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata() or {}
+    replace_file(file, lambda path: write_tensors(path, named, metadata))
 
 
 def _checksums(text: str, file: Path) -> dict[str, str]:

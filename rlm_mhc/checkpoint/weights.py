@@ -1,32 +1,28 @@
-"""A model on disk: `config.json` and `model.safetensors`, keys being the dotted names of the tree."""
+"""A model on disk: its shape, and its weights in one safetensors file or several, keys being the dotted names of the
+tree."""
 
-import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlm_mhc.checkpoint.config_files import load_config, read_json, write_config_files
 from rlm_mhc.checkpoint.tensors import read_tensors, write_tensors
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.disk import replace_file
 from rlm_mhc.params import LMParams, weight_table
 from rlm_mhc.tree import from_named, named_leaves
-from rlm_mhc.validation import build
 
-MODEL_TYPE = "rlm_mhc"
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+LARGEST_INDEX_BYTES = 1 << 26
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST_CONFIG_BYTES = 1 << 20
 NAMES_SHOWN = 3
 
 
 def save_pretrained(path: str | os.PathLike, params: LMParams, config: ModelConfig) -> None:
-    """Write `config.json` and `model.safetensors` into the folder `path`, made if it is missing.
+    """Write `config.json`, `config.yaml` and `model.safetensors` into the folder `path`, made if it is missing.
 
     Each file replaces its predecessor only when it is whole and on the disk. The weights carry a checksum each, in
     the file's metadata.
@@ -47,60 +43,71 @@ def save_pretrained(path: str | os.PathLike, params: LMParams, config: ModelConf
     named = named_leaves(params)
     _require_weights(named, config, "the tree")
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"model_type": MODEL_TYPE, **dataclasses.asdict(config)}, indent=2) + "\n"
-    replace_file(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_config_files(folder, config, str(params.norm.weight.dtype).removeprefix("torch."))
     replace_file(folder / WEIGHTS_FILE, lambda file: write_tensors(file, named))
+    (folder / INDEX_FILE).unlink(missing_ok=True)
 
 
 def load_pretrained(
     path: str | os.PathLike, *, device: torch.device | str = "cpu", verify: bool = True
 ) -> tuple[LMParams, ModelConfig]:
-    """Read what `save_pretrained` wrote: `(params, config)`, bit-equal, in the dtypes of the file.
+    """Read what `save_pretrained` wrote, this one or `RLMModel`'s: `(params, config)`, bit-equal, in the dtypes of the
+    files.
 
     Args:
         path: the folder.
-        device: where the weights go.
+        device: where the weights go; on `meta` they are read and verified but not kept.
         verify: compare the weights with their checksums, about 3 GB/s; without it a damaged byte goes unnoticed.
 
     Raises:
-        FileNotFoundError: when the folder or one of its two files is missing.
+        FileNotFoundError: when the folder or a file of it is missing.
         ValueError: on a damaged file, or one that does not fit its config; the message names the first difference.
     """
     folder = Path(path)
     config = load_config(folder)
-    file = _existing(folder, WEIGHTS_FILE)
-    named = read_tensors(file, device, verify=verify)
-    _require_weights(named, config, str(file))
+    named, source = {}, folder / WEIGHTS_FILE
+    for file, expected in weight_files(folder).items():
+        tensors = read_tensors(file, device, verify=verify)
+        if expected is not None:
+            source = folder / INDEX_FILE
+            require_names(tensors, expected, f"{file}: does not fit {INDEX_FILE}")
+        named.update(tensors)
+    _require_weights(named, config, str(source))
     return from_named(weight_table(config), named), config
 
 
-def load_config(folder: Path) -> ModelConfig:
-    """The model's shape from a checkpoint folder; errors as in `load_pretrained`."""
-    file = _existing(folder, CONFIG_FILE)
-    fields = read_json(file, LARGEST_CONFIG_BYTES)
-    if fields.pop("model_type", None) != MODEL_TYPE:
-        raise ValueError(f"{file}: not a model of this library (expected model_type '{MODEL_TYPE}')")
-    try:
-        return build(ModelConfig, fields)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def read_json(file: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes.
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files with a checkpoint's weights, and where there is an index, the names that it says are in each.
 
     Raises:
-        ValueError: naming the file, when there is no such thing in it.
+        FileNotFoundError: when one is missing.
+        ValueError: when the index is none.
     """
-    if file.stat().st_size > limit:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than such a file can have ({limit})")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
-    return fields
+    if (folder / WEIGHTS_FILE).is_file():
+        return {folder / WEIGHTS_FILE: None}
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: not a checkpoint, it has no {WEIGHTS_FILE}")
+    places = read_json(index, LARGEST_INDEX_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) and Path(x).name == x for x in places.values()):
+        raise ValueError(f"{index}: expected a 'weight_map' from names to files beside it")
+    files = {folder / file: {name for name, place in places.items() if place == file} for file in set(places.values())}
+    missing = sorted(file.name for file in files if not file.is_file())
+    if missing:
+        raise FileNotFoundError(f"{folder}: damaged, {INDEX_FILE} names files that are not there: {few(missing)}")
+    return dict(sorted(files.items()))
+
+
+def require_names(named: Iterable[str], expected: Iterable[str], what: str) -> None:
+    """Refuse other names than expected.
+
+    Raises:
+        ValueError: with the first few that are missing, and that are not expected.
+    """
+    have, want = dict.fromkeys(named), dict.fromkeys(expected)
+    missing, unexpected = [name for name in want if name not in have], [name for name in have if name not in want]
+    if missing or unexpected:
+        raise ValueError(f"{what}; missing {few(missing)}, unexpected {few(unexpected)}")
 
 
 def require_fit(named: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -109,29 +116,24 @@ def require_fit(named: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     Raises:
         ValueError: with the kind of the first difference and the first few names it concerns.
     """
-    missing, unexpected = [k for k in shapes if k not in named], [k for k in named if k not in shapes]
-    if missing or unexpected:
-        raise ValueError(f"{where}: does not fit its config; missing {_few(missing)}, unexpected {_few(unexpected)}")
+    require_names(named, shapes, f"{where}: does not fit its config")
     wrong = [f"{k} has {tuple(named[k].shape)}, not {shape}" for k, shape in shapes.items() if named[k].shape != shape]
     if wrong:
-        raise ValueError(f"{where}: shapes do not fit its config: {_few(wrong)}")
+        raise ValueError(f"{where}: shapes do not fit its config: {few(wrong)}")
     wrong = [f"{k} is {named[k].dtype}" for k in shapes if named[k].dtype not in DTYPES]
     if wrong:
-        raise ValueError(f"{where}: dtypes are not floating-point ones of 16 to 64 bits: {_few(wrong)}")
-
-
-def _existing(folder: Path, name: str) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder}: not a checkpoint, it has no {name}")
-    return folder / name
+        raise ValueError(f"{where}: dtypes are not floating-point ones of 16 to 64 bits: {few(wrong)}")
 
 
 def _require_weights(named: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
     require_fit(named, {name: spec.shape for name, spec in named_leaves(weight_table(config)).items()}, where)
 
 
-def _few(words: list[str]) -> str:
+def few(words: list[str]) -> str:
+    """The first few words, and how many more there are.
+
+    >>> few(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
     more = f" and {len(words) - NAMES_SHOWN} more" if len(words) > NAMES_SHOWN else ""
     return ", ".join(words[:NAMES_SHOWN]) + more if words else "nothing"

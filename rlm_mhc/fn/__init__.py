@@ -7,6 +7,7 @@ from rlm_mhc.fn.attention import causal_attention, self_attention
 from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
 from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error, stream_dominance
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
 from rlm_mhc.fn.mhc import (
@@ -58,6 +59,7 @@ __all__ = [
     "cumulative_gain",
     "decay_mask",
     "embed",
+    "embedding",
     "enter",
     "expand_streams",
     "forward",
@@ -65,6 +67,7 @@ __all__ = [
     "head",
     "hyper_connection",
     "init",
+    "linear",
     "loss",
     "mhc_aggregate",
     "mhc_combine",

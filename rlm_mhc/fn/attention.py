@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rlm_mhc.fn.linear import linear
+from rlm_mhc.fn.norm import rms_norm
 from rlm_mhc.fn.rope import rotary_embedding
 from rlm_mhc.params import SelfAttention
 from rlm_mhc.types import RotaryTable
@@ -39,17 +41,32 @@ def self_attention(
     cos: RotaryTable,
     sin: RotaryTable,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention,
+    norm: Callable[[Tensor, Tensor], Tensor] = rms_norm,
 ) -> Float[Tensor, "*b s c"]:
-    """Project to heads of width `2 · cos.shape[-1]`, rotate queries and keys, attend causally, project back.
+    """Project to heads (`heads`), attend by `attention(q, k, v)`, project back.
 
     >>> import torch; from rlm_mhc import fn, ModelConfig
     >>> layer = fn.init(ModelConfig.preset("tiny")).layers[0]
     >>> fn.self_attention(layer.self_attn, torch.randn(1, 7, 128), *fn.rotary_table(torch.arange(7), 32)).shape
     torch.Size([1, 7, 128])
     """
+    out = attention(*heads(params, x, cos, sin, norm))
+    return linear(params.o_proj, rearrange(out, "... h s d -> ... s (h d)"))
+
+
+def heads(
+    params: SelfAttention,
+    x: Float[Tensor, "*b s c"],
+    cos: RotaryTable,
+    sin: RotaryTable,
+    norm: Callable[[Tensor, Tensor], Tensor] = rms_norm,
+) -> tuple[Float[Tensor, "*b h s d"], Float[Tensor, "*b kv s d"], Float[Tensor, "*b kv s d"]]:
+    """Queries, keys and values by head of width `2 · cos.shape[-1]`; queries and keys normalised by `norm(x, weight)`
+    where the model has weights for it, and rotated."""
     q, k, v = (
-        rearrange(F.linear(x, w.weight), "... s (h d) -> ... h s d", d=2 * cos.shape[-1])
+        rearrange(linear(w, x), "... s (h d) -> ... h s d", d=2 * cos.shape[-1])
         for w in (params.q_proj, params.k_proj, params.v_proj)
     )
-    out = attention(rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v)
-    return F.linear(rearrange(out, "... h s d -> ... s (h d)"), params.o_proj.weight)
+    if params.q_norm and params.k_norm:
+        q, k = norm(q, params.q_norm.weight), norm(k, params.k_norm.weight)
+    return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v

@@ -50,8 +50,9 @@ def block(
 def _attention(
     params: Layer, cos: RotaryTable, sin: RotaryTable, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
 ) -> Float[Tensor, "*b s c"]:
-    normed = kernels.rms_norm(u, params.input_layernorm.weight, eps)
-    return self_attention(params.self_attn, normed, cos, sin, kernels.attention)
+    norm = partial(kernels.rms_norm, eps=eps)
+    normed = norm(u, params.input_layernorm.weight)
+    return self_attention(params.self_attn, normed, cos, sin, kernels.attention, norm)
 
 
 def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]) -> Float[Tensor, "*b s c"]:

@@ -3,16 +3,16 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.mhc import EarlyPre, collapse_learned, collapse_streams, expand_streams
 from rlm_mhc.fn.rope import rotary_table
-from rlm_mhc.params import LMParams
+from rlm_mhc.params import Linear, LMParams
 from rlm_mhc.types import Hidden, Logits, RotaryTable, Tokens
 from rlm_mhc.variants import PRESETS
 
@@ -71,7 +71,7 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
 def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Any:
     """The embedding of each token as the blocks take it; see `enter` and `require_kind`."""
     require_kind(params, config)
-    return enter(F.embedding(tokens, params.embed_tokens.weight), config)
+    return enter(embedding(params.embed_tokens, tokens), config)
 
 
 def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Any:
@@ -102,8 +102,7 @@ def require_kind(params: LMParams, config: ModelConfig) -> None:
 def head(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
     """Collapse the streams, normalise, project onto the vocabulary (the embedding itself when tied)."""
     x = kernels.rms_norm(collapse(params, hidden, config, kernels), params.norm.weight, config.norm_eps)
-    weight = params.lm_head.weight if params.lm_head else params.embed_tokens.weight
-    return F.linear(x, weight)
+    return linear(params.lm_head or Linear(params.embed_tokens.weight), x)
 
 
 def collapse(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Hidden:

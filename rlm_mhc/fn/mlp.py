@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 
+from rlm_mhc.fn.linear import linear
 from rlm_mhc.params import MLP
 from rlm_mhc.types import Hidden
 
@@ -15,5 +16,4 @@ def swiglu(params: MLP, x: Hidden) -> Hidden:
     >>> fn.swiglu(fn.init(ModelConfig.preset("tiny")).layers[0].mlp, torch.randn(3, 128)).shape
     torch.Size([3, 128])
     """
-    gated = F.silu(F.linear(x, params.gate_proj.weight)) * F.linear(x, params.up_proj.weight)
-    return F.linear(gated, params.down_proj.weight)
+    return linear(params.down_proj, F.silu(linear(params.gate_proj, x)) * linear(params.up_proj, x))

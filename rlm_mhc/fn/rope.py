@@ -9,9 +9,9 @@ from rlm_mhc.types import RotaryTable
 
 
 def rotary_table(
-    positions: Int[Tensor, " s"], head_dim: int, theta: float = 10000.0
+    positions: Int[Tensor, "*t s"], head_dim: int, theta: float = 10000.0
 ) -> tuple[RotaryTable, RotaryTable]:
-    """`(cos, sin)` of `position · theta^(-2i/d)`, each `[s, d/2]`, fp32.
+    """`(cos, sin)` of `position · theta^(-2i/d)`, each `[*t, s, d/2]`, fp32.
 
     Raises:
         ValueError: when `head_dim` is odd.
@@ -27,7 +27,7 @@ def rotary_table(
 
 
 def rotary_embedding(x: Float[Tensor, "*b h s d"], cos: RotaryTable, sin: RotaryTable) -> Float[Tensor, "*b h s d"]:
-    """Turn the pair `(x[i], x[i + d/2])` by the angle of its position.
+    """Turn the pair `(x[i], x[i + d/2])` by the angle of its position, the same in all heads.
 
     The pairs are halves apart, as in transformers' Llama, not neighbours as in the paper.
     Source: Su et al., arXiv 2104.09864.
@@ -36,4 +36,5 @@ def rotary_embedding(x: Float[Tensor, "*b h s d"], cos: RotaryTable, sin: Rotary
     tensor([[[1., 0.]]])
     """
     first, second = widen(x).chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

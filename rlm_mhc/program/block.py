@@ -7,6 +7,7 @@ What is kept of a block is the input of each stage. The backward of a stage that
 product again, so with `remat="none"` no product with a weight and no attention is computed twice.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from einops import rearrange
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.attention import heads
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.mlp import swiglu
-from rlm_mhc.fn.rope import rotary_embedding
-from rlm_mhc.params import MLP, Linear
+from rlm_mhc.params import MLP, Linear, weight_table
 from rlm_mhc.program.attention import attention_stage
 from rlm_mhc.program.hyper import hyper
 from rlm_mhc.program.stage import Stage, chain, residual, stage
+from rlm_mhc.tree import named_leaves, rebuild
 
 MLP_PARTS = ("gate", "up", "down")
 
@@ -40,21 +42,21 @@ def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = T
 
 
 def _attention(config: ModelConfig, kernels: Kernels) -> Stage:
-    width, eps = config.head_width, config.norm_eps
+    norm = partial(kernels.rms_norm, eps=config.norm_eps)
+    before = weight_table(config).layers[0].self_attn._replace(o_proj=())
+    names = [f"self_attn.{name}" for name in named_leaves(before)]
 
-    def project(norm: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, u: Tensor) -> Any:
-        x = kernels.rms_norm(u, norm, eps)
-        q, k, v = (rearrange(F.linear(x, w), "... s (h d) -> ... h s d", d=width) for w in (q, k, v))
-        return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v
+    def project(scale: Tensor, *rest: Tensor) -> Any:
+        *weights, cos, sin, u = rest
+        return heads(rebuild(before, iter(weights)), norm(u, scale), cos, sin, norm)
 
     def merge(o: Tensor, heads: Tensor) -> Tensor:
         return F.linear(rearrange(heads, "... h s d -> ... s (h d)"), o)
 
-    q, k, v, o = (f"self_attn.{name}_proj.weight" for name in "qkvo")
     return chain(
-        stage(project, "input_layernorm.weight", q, k, v, constants=("cos", "sin")),
+        stage(project, "input_layernorm.weight", *names, constants=("cos", "sin")),
         attention_stage(kernels.attention),
-        stage(merge, o),
+        stage(merge, "self_attn.o_proj.weight"),
     )
 
 

@@ -15,7 +15,7 @@ BIRKHOFF = [name for name in PROJECTIONS if name != "unconstrained"]
 
 @st.composite
 def configs(draw: Any, **fixed: Any) -> ModelConfig:
-    """Small models: mHC on or off in every variant, 1 to 5 streams, grouped heads, tied or not.
+    """Small models: mHC on or off in every variant, 1 to 5 streams, grouped heads, with biases and norms, tied or not.
 
     Fields given are fixed; a variant is drawn among those that fit the streams.
     """
@@ -33,6 +33,8 @@ def configs(draw: Any, **fixed: Any) -> ModelConfig:
         vocab_size=draw(st.integers(5, 40)),
         max_seq_len=32,
         tie_embeddings=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
         mhc_enabled=draw(st.sampled_from([False, True, True, True])),
         mhc_flows=flows,
         mhc_preset=preset,

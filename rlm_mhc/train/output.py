@@ -6,20 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlm_mhc.checkpoint import checkpoints, newest_whole, recover, set_aside
+from rlm_mhc.checkpoint.config_files import YAML_FILE as CONFIG_FILE
+from rlm_mhc.checkpoint.config_files import read_yaml
 from rlm_mhc.disk import replace_file
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.validation import build
 
-CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CHECKPOINTS = "checkpoints"
 BAD_STEPS = "bad_steps"
-LARGEST_CONFIG_BYTES = 1 << 20
-DEEPEST_CONFIG = 16
 
 
 def open_output(run: RunConfig) -> Path | None:
@@ -85,26 +82,11 @@ def read_config(file: Path) -> RunConfig:
         FileNotFoundError: when there is no such file.
         ValueError: naming the file, when it is not the YAML of a config.
     """
-    if file.stat().st_size > LARGEST_CONFIG_BYTES:
-        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than a config can have")
+    values = read_yaml(file)
     try:
-        text = file.read_text(encoding="utf-8")
-        _require_simple(text)
-        return build(RunConfig, yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        return build(RunConfig, values)
+    except ValueError as error:
         raise ValueError(f"{file}: not a config of this library ({' '.join(str(error).split())})") from None
-
-
-def _require_simple(text: str) -> None:
-    """Refuse aliases, a few bytes of which can stand for more values than memory holds, and deep nesting, which PyYAML
-    takes time for that grows with the square of the depth; a config has neither."""
-    depth = 0
-    for event in yaml.parse(text):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has aliases")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST_CONFIG:
-            raise ValueError(f"it is nested more than {DEEPEST_CONFIG} deep")
 
 
 def _named_checkpoint(name: str) -> Path:

@@ -34,7 +34,12 @@ def test_files_have_the_dotted_names_and_ordinary_permissions(tmp_path):
     (tmp_path / "plain").touch()
     mode = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     files = list((tmp_path / "new" / "folder").iterdir())
-    assert sorted(f.name for f in files) == ["config.json", "model.safetensors"]
+    assert sorted(f.name for f in files) == [
+        "config.json",
+        "config.yaml",
+        "model.safetensors",
+        "modeling_rlm_mhc.py",
+    ]
     assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {mode}
 
 
@@ -58,6 +63,9 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
         rlm_mhc.load_pretrained(tmp_path)
     weights.write_bytes(whole)
     description.write_text(json.dumps(fields | {"ffn_dim": 50}))
+    with pytest.raises(ValueError, match="do not say the same: ffn_dim=50 and ffn_dim=48"):
+        rlm_mhc.load_pretrained(tmp_path)
+    (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate_proj\.weight has \(48, 32\), not \(50, 32\)"):
         rlm_mhc.load_pretrained(tmp_path)
     description.write_text(json.dumps(fields | {"hidden_dimm": 50}))

@@ -1,0 +1,176 @@
+"""A model's shape on disk, for this library and for transformers: `config.json` and `config.yaml` say the same."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.disk import replace_file
+from rlm_mhc.validation import build
+
+MODEL_TYPE = "rlm_mhc"
+CONFIG_FILE, YAML_FILE = "config.json", "config.yaml"
+LARGEST_CONFIG_BYTES = 1 << 20
+DEEPEST_CONFIG = 16
+CODE_FILE = "modeling_rlm_mhc.py"
+CODE = '''"""The classes of this checkpoint, which are those of the package rlm-mhc."""
+
+from rlm_mhc.model import RLMConfig, RLMModel
+
+__all__ = ["RLMConfig", "RLMModel"]
+'''
+AUTO_MAP = {"AutoConfig": "modeling_rlm_mhc.RLMConfig", "AutoModelForCausalLM": "modeling_rlm_mhc.RLMModel"}
+# What transformers itself writes beside the fields of a model.
+TRANSFORMERS_KEYS = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
+)
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The model's shape from a checkpoint folder, by either of its two files.
+
+    Raises:
+        FileNotFoundError: when the folder, or both files, are missing.
+        ValueError: on a damaged file, a wrong value, or where the two do not say the same.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    readers = {CONFIG_FILE: _from_json, YAML_FILE: _from_yaml}
+    found = {folder / name: read for name, read in readers.items() if (folder / name).is_file()}
+    if not found:
+        raise FileNotFoundError(f"{folder}: not a checkpoint, it has no {CONFIG_FILE}")
+    configs = {}
+    for file, read in found.items():
+        fields = read(file)
+        try:
+            configs[file.name] = build(ModelConfig, fields)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    first, *others = configs.values()
+    for other in others:
+        _require_equal(folder, first, other)
+    return first
+
+
+def write_config_files(folder: Path, config: ModelConfig, dtype: str) -> None:
+    """Write both files, and the module by which transformers finds this library."""
+    fields = {
+        "architectures": ["RLMModel"],
+        "auto_map": AUTO_MAP,
+        "dtype": dtype,
+        "model_type": MODEL_TYPE,
+        **dataclasses.asdict(config),
+    }
+    text = json.dumps(fields, indent=2) + "\n"
+    replace_file(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+    write_yaml(folder / YAML_FILE, config)
+    write_code(folder)
+
+
+def write_yaml(file: Path, config: ModelConfig) -> None:
+    """Write the section `model` of a run's config."""
+    import yaml
+
+    text = yaml.safe_dump({"model": dataclasses.asdict(config)}, sort_keys=False)
+    replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def write_code(folder: Path) -> None:
+    """Write the module that `auto_map` names."""
+    replace_file(folder / CODE_FILE, lambda file: file.write_text(CODE, encoding="utf-8"))
+
+
+def read_json(file: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes.
+
+    Raises:
+        ValueError: naming the file, when there is no such thing in it.
+    """
+    try:
+        fields = json.loads(_text(file, limit))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def read_yaml(file: Path) -> Any:
+    """The values in a YAML file of a config.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: naming the file, when it is none, or larger or deeper than one can be.
+    """
+    import yaml
+
+    try:
+        text = _text(file, LARGEST_CONFIG_BYTES)
+        _require_simple(text)
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file}: not a config of this library ({' '.join(str(error).split())})") from None
+
+
+def _text(file: Path, limit: int) -> str:
+    if file.stat().st_size > limit:
+        raise ValueError(f"{file}: {file.stat().st_size} bytes, more than such a file can have ({limit})")
+    return file.read_text(encoding="utf-8")
+
+
+def _require_simple(text: str) -> None:
+    """Refuse aliases, a few bytes of which can stand for more values than memory holds, and deep nesting, which PyYAML
+    takes time for that grows with the square of the depth; a config has neither."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_CONFIG:
+            raise ValueError(f"it is nested more than {DEEPEST_CONFIG} deep")
+
+
+def _from_json(file: Path) -> dict[str, Any]:
+    fields = read_json(file, LARGEST_CONFIG_BYTES)
+    if fields.pop("model_type", None) != MODEL_TYPE:
+        raise ValueError(f"{file}: not a model of this library (expected model_type '{MODEL_TYPE}')")
+    return {name: value for name, value in fields.items() if name not in TRANSFORMERS_KEYS}
+
+
+def _from_yaml(file: Path) -> dict[str, Any]:
+    values = read_yaml(file)
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ValueError(f"{file}: not a config of this library (it has no section 'model')")
+    return values["model"]
+
+
+def _require_equal(folder: Path, json_config: ModelConfig, yaml_config: ModelConfig) -> None:
+    pairs = {
+        f.name: (getattr(json_config, f.name), getattr(yaml_config, f.name)) for f in dataclasses.fields(ModelConfig)
+    }
+    different = [f"{name}={a} and {name}={b}" for name, (a, b) in pairs.items() if a != b]
+    if different:
+        raise ValueError(f"{folder}: {CONFIG_FILE} and {YAML_FILE} do not say the same: {', '.join(different)}")

@@ -1,0 +1,109 @@
+"""`ModelConfig` as transformers knows configs."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from rlm_mhc.checkpoint.config_files import (
+    AUTO_MAP,
+    CONFIG_FILE,
+    MODEL_TYPE,
+    YAML_FILE,
+    load_config,
+    write_code,
+    write_yaml,
+)
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.validation import build, nearest
+
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+
+
+class RLMConfig(PretrainedConfig):
+    """The fields of `ModelConfig`, under their names and those that transformers gives them (`hidden_size`, …).
+
+    Args:
+        **fields: of `ModelConfig`, or of any `PretrainedConfig`.
+
+    Raises:
+        ValueError: on a wrong value, or a name that looks like a misspelt field.
+
+    >>> RLMConfig(hidden_size=256, num_layers=4, num_heads=4).model_config.ffn_dim
+    704
+    """
+
+    model_type = MODEL_TYPE
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "hidden_dim",
+        "intermediate_size": "ffn_dim",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+        "max_position_embeddings": "max_seq_len",
+        "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tie_embeddings",
+    }
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
+
+    def __init__(self, **fields: Any) -> None:
+        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
+        own = {name: fields.pop(name) for name in FIELDS if name in fields}
+        for name in fields:
+            if name.startswith("mhc_") or (not hasattr(PretrainedConfig, name) and _misspelt(name)):
+                raise ValueError(f"unknown key '{name}'{nearest(name, FIELDS)}; known are {', '.join(FIELDS)}")
+        for name, value in dataclasses.asdict(build(ModelConfig, own)).items():
+            setattr(self, name, value)
+        self.use_cache = fields.pop("use_cache", True)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(self, name, fields.pop(name, None))
+        self.auto_map = {**AUTO_MAP, **fields.pop("auto_map", {})}
+        super().__init__(**fields)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The shape, validated.
+
+        Raises:
+            ValueError: where a field was set to a wrong value since.
+        """
+        return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`: all fields of the model, of the others what is no default."""
+        return {**super().to_diff_dict(), **dataclasses.asdict(self.model_config)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `config.json`, `config.yaml`, and the module that programs find this library by."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        write_yaml(Path(save_directory) / YAML_FILE, self.model_config)
+        write_code(Path(save_directory))
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers, and of a folder that has `config.yaml` alone, from that.
+
+        Raises:
+            ValueError: where the folder's two files do not say the same.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if not (folder / YAML_FILE).is_file():
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config = load_config(folder)
+        if (folder / CONFIG_FILE).is_file():
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(config)}, kwargs
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: the module beside a checkpoint imports this library, so that no code is to be copied."""
+
+
+def _misspelt(name: str) -> bool:
+    import difflib
+
+    return bool(difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85))

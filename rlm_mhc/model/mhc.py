@@ -1,0 +1,89 @@
+"""A hyper-connection as a module."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlm_mhc import fn
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.params import MHCParams, weight_table
+
+
+class mHCLayer(nn.Module):
+    """`fn.hyper_connection` around any branch, owning its weights: `phi`, `alpha`, `bias`.
+
+    Args:
+        hidden_dim: width c of a stream.
+        num_flows: streams n.
+        num_iters: Sinkhorn iterations.
+        preset: a row of `rlm_mhc.variants.PRESETS`.
+        projection: see `fn.project`; None: that of the preset.
+        norm_eps: added to the mean square of the streams.
+
+    Raises:
+        ValueError: naming the argument, as a field of `ModelConfig`.
+
+    >>> layer = mHCLayer(hidden_dim=8, num_flows=4)
+    >>> layer(torch.ones(2, 5, 4, 8), lambda x: 0 * x).shape
+    torch.Size([2, 5, 4, 8])
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int = 2048,
+        num_flows: int = 4,
+        *,
+        num_iters: int = 20,
+        preset: str = "paper",
+        projection: str | None = None,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.config = ModelConfig(
+            hidden_dim=hidden_dim,
+            num_layers=1,
+            num_heads=1,
+            head_dim=2,
+            mhc_flows=num_flows,
+            mhc_sinkhorn_iters=num_iters,
+            mhc_preset=preset,
+            mhc_projection=projection,
+            norm_eps=norm_eps,
+        )
+        self.phi, self.alpha, self.bias = (
+            nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype()))) for spec in self._specs()
+        )
+        self.reset_parameters()
+
+    def _specs(self) -> Any:
+        return weight_table(self.config).layers[0].attn_mhc
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initial values of `fn.init`, the noise in `phi` from torch's generator."""
+        if self.phi.is_meta:
+            return
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        for name, spec in self._specs()._asdict().items():
+            own = getattr(self, name)
+            own.copy_(spec.init(name, seed, own.device, own.dtype))
+
+    def tree(self) -> MHCParams:
+        """The weights as `fn` takes them."""
+        return MHCParams(self.phi, self.alpha, self.bias)
+
+    def forward(self, streams: Any, branch: Callable[[Tensor], Tensor]) -> Any:
+        """`streams [*b, n, c]` after the sub-layer `branch: [*b, c] -> [*b, c]`; of the preset `single_pass` both are
+        an `fn.EarlyPre`."""
+        return fn.hyper_connection(self.tree(), streams, branch, self.config)[0]
+
+    def get_connection_matrix(self) -> Tensor:
+        """The part of `res` that does not depend on the input, that of zero streams: `[n, n]`, doubly stochastic."""
+        zeros = self.phi.new_zeros(self.config.mhc_flows, self.config.hidden_dim)
+        return fn.mhc_mappings(self.tree(), zeros, **self.config.mhc_options).res
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"hidden_dim={self.config.hidden_dim}, num_flows={self.config.mhc_flows}"
