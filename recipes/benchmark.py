@@ -1,5 +1,8 @@
 """Step time, memory and compile time beside other libraries: `python recipes/benchmark.py [key=value …]`.
 
+`python recipes/benchmark.py decode [key=value …]` measures decoding, and `kernels` the fused operations: see
+`benchmark_decode.py` and `benchmark_kernels.py` beside this file.
+
 Prints a table and writes it as JSON. Run it on an otherwise idle machine: times are medians of interleaved rounds, and
 ratios medians of the ratios within a round.
 """
@@ -8,11 +11,13 @@ import dataclasses
 import gc
 import importlib.util
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +39,7 @@ from rlm_mhc.tree import tree_map
 from rlm_mhc.validation import at_least, check, one_of, section
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OTHERS = ("decode", "kernels")
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 5}
 MIB = 1 << 20
 
@@ -357,4 +363,7 @@ def main(run: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in OTHERS:
+        other = Path(__file__).with_name(f"benchmark_{sys.argv.pop(1)}.py")
+        runpy.run_path(str(other), run_name="__main__")
     command(BenchmarkConfig, __file__, main)
