@@ -6,6 +6,7 @@ from typing import Any
 from rlm_mhc import variants
 from rlm_mhc.validation import at_least, between, check, nearest, one_of, positive, section
 
+MODEL_TYPE = "rlm_mhc"
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_dim=128, num_layers=6, num_heads=4, vocab_size=4096, max_seq_len=2048),
     "125m": dict(hidden_dim=768, num_layers=12, num_heads=12, vocab_size=50304, max_seq_len=2048),

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlm_mhc.config import ModelConfig
+from rlm_mhc.config import MODEL_TYPE, ModelConfig
 from rlm_mhc.disk import replace_file
 from rlm_mhc.validation import build
 
-MODEL_TYPE = "rlm_mhc"
 CONFIG_FILE, YAML_FILE = "config.json", "config.yaml"
+GENERATION_FILE = "generation_config.json"
 LARGEST_CONFIG_BYTES = 1 << 20
 DEEPEST_CONFIG = 16
 CODE_FILE = "modeling_rlm_mhc.py"
@@ -94,6 +94,13 @@ def write_yaml(file: Path, config: ModelConfig) -> None:
 
     text = yaml.safe_dump({"model": dataclasses.asdict(config)}, sort_keys=False)
     replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def write_generation_config(folder: Path, tokenizer: Any) -> None:
+    """Write the tokens at which generation ends, and with which it pads."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    text = json.dumps({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}, indent=2) + "\n"
+    replace_file(folder / GENERATION_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_code(folder: Path) -> None:

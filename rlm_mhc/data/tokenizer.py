@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlm_mhc.config import MODEL_TYPE
 from rlm_mhc.data.sources import BadLines, Source
 
 END_OF_TEXT = "<|endoftext|>"
@@ -38,7 +39,12 @@ def train_tokenizer(source: Source, vocab_size: int, bad: BadLines | None = None
     )
     bpe.train_from_iterator(_head(source.read(bad or BadLines()), TRAINING_CHARACTERS), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, model_max_length=int(1e30)
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",  # where generation wants it; nothing else here pads
+        clean_up_tokenization_spaces=False,
+        model_max_length=int(1e30),
     )
 
 
@@ -54,7 +60,8 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     if Path(name).is_dir() and not any(Path(name).glob("*token*")) and not any(Path(name).glob("vocab*")):
         raise FileNotFoundError(f"data.tokenizer={name}: the folder holds no tokenizer files")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Without this a checkpoint that names its code would ask at the terminal whether to run it.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **_config_of_ours(Path(name)))
     except Exception as error:
         # transformers raises many kinds here, among them plain Exceptions of the Rust library for damaged files.
         reason = str(error).strip().split("\n")[0][:200]
@@ -72,6 +79,19 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
             f"set model.vocab_size={len(tokenizer)}"
         )
     return tokenizer
+
+
+def _config_of_ours(folder: Path) -> dict[str, Any]:
+    """For a checkpoint of this library an empty config: transformers would warn that it does not know ours, which
+    says nothing of the tokenizer."""
+    from transformers import PretrainedConfig
+
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE
+    return {"config": PretrainedConfig()} if ours else {}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -10,15 +10,30 @@ from transformers import PretrainedConfig
 from rlm_mhc.checkpoint.config_files import (
     AUTO_MAP,
     CONFIG_FILE,
-    MODEL_TYPE,
     YAML_FILE,
     load_config,
     write_code,
     write_yaml,
 )
-from rlm_mhc.config import ModelConfig
+from rlm_mhc.config import MODEL_TYPE, ModelConfig
 from rlm_mhc.validation import build, nearest
 
+# Arguments of `from_pretrained` that say where a file comes from, not what is in it.
+HOW_TO_FETCH = frozenset(
+    [
+        "_commit_hash",
+        "_from_auto",
+        "_from_pipeline",
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "trust_remote_code",
+    ]
+)
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
 
@@ -96,7 +111,8 @@ class RLMConfig(PretrainedConfig):
         config = load_config(folder)
         if (folder / CONFIG_FILE).is_file():
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(config)}, kwargs
+        rest = {name: value for name, value in kwargs.items() if name not in HOW_TO_FETCH}
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(config)}, rest
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

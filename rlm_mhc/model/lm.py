@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rlm_mhc import fn
+from rlm_mhc.checkpoint.config_files import CONFIG_FILE, GENERATION_FILE
 from rlm_mhc.checkpoint.tensors import add_checksums
 from rlm_mhc.checkpoint.weights import few, load_pretrained, weight_files
 from rlm_mhc.config import ModelConfig
@@ -67,6 +68,7 @@ class RLMModel(PreTrainedModel, GenerationMixin):
         if table.head_mhc:
             self.head_mhc = Head(table.head_mhc)
         self.gradient_checkpointing = False
+        self.loss_type = "ForCausalLM"
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -211,9 +213,11 @@ class RLMModel(PreTrainedModel, GenerationMixin):
         """
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         lenient = kwargs.get("ignore_mismatched_sizes", False)
-        plain = not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict", "adapter_kwargs"))
+        plain = not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict"))
         if folder.is_dir() and plain and not lenient and not (folder / "adapter_config.json").is_file():
             load_pretrained(folder, device="meta", verify=verify)
+        if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG_FILE, GENERATION_FILE)):
+            kwargs.setdefault("generation_config", GenerationConfig())  # transformers looks in no other file for it
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if not lenient and (info["missing_keys"] or info["unexpected_keys"]):

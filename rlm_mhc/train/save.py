@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from rlm_mhc.checkpoint import Writer, generator_states, save_run, snapshot
+from rlm_mhc.checkpoint.config_files import write_generation_config
 from rlm_mhc.checkpoint.tensors import write_tensors
 from rlm_mhc.data import Position, Prepared
 from rlm_mhc.disk import sync
@@ -86,6 +87,7 @@ class Saver:
     def _extras(self, folder: Path) -> None:
         write_config(self.run, folder / CONFIG_FILE)
         self.data.tokenizer.save_pretrained(folder)
+        write_generation_config(folder, self.data.tokenizer)
 
     def _describe(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> dict[str, Any]:
         described = {
