@@ -24,7 +24,6 @@ from rlm_mhc.tree import named_leaves, tree_map
 
 # transformers renamed it in 5.24.
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)} else "past_key_values"
-MHC_MODULES = ["attn_mhc", "mlp_mhc", "head_mhc"]
 
 
 class RLMModel(PreTrainedModel, GenerationMixin):
@@ -52,7 +51,6 @@ class RLMModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = MHC_MODULES
     layers: Any
 
     def __init__(self, config: RLMConfig | ModelConfig) -> None:

@@ -17,10 +17,16 @@ def test_it_is_the_hyper_connection_of_fn():
 
 
 def test_the_connection_matrix_is_doubly_stochastic_and_near_the_identity():
-    matrix = mHCLayer(hidden_dim=8, num_flows=4).get_connection_matrix()
+    layer = mHCLayer(hidden_dim=8, num_flows=4)
+    matrix = layer.get_connection_matrix()
     torch.testing.assert_close(matrix.sum(0), torch.ones(4))
     torch.testing.assert_close(matrix.sum(1), torch.ones(4))
     assert (matrix.diagonal() >= 0.99).all()
+    with torch.no_grad():
+        layer.alpha += 1
+        layer.bias += torch.randn(24)
+    # Whatever depends on the streams, which is all but the bias, is left out.
+    assert torch.equal(layer.get_connection_matrix(), fn.sinkhorn_knopp(layer.bias[8:].view(4, 4)))
 
 
 @pytest.mark.parametrize("preset", ["deepseek_v4", "hc", "lite", "kron", "orthostochastic", "identity"])

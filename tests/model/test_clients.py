@@ -1,0 +1,221 @@
+"""Programs that are not ours, each used as its own documentation has it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+import rlm_mhc
+from rlm_mhc.model import RLMModel
+from rlm_mhc.testing import small_config
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def training_set(count=20):
+    rows = torch.randint(300, (count, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def test_auto_classes_and_a_pipeline(checkpoint):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    prompts = ["stream", "matrix row column"]
+    generator = pipeline("text-generation", model=str(checkpoint))
+    texts = [rows[0]["generated_text"] for rows in generator(prompts, batch_size=2, max_new_tokens=5, do_sample=False)]
+    for prompt, text in zip(prompts, texts, strict=True):
+        alone = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=5, do_sample=False)
+        assert text == tokenizer.decode(alone[0], skip_special_tokens=True)
+
+
+def test_trainer_for_five_steps_and_again_from_its_checkpoint(checkpoint, tmp_path):
+    def trained(steps, **options):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        arguments = TrainingArguments(
+            str(tmp_path / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=2,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
+            save_steps=3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=training_set(4))
+        trainer.train(**options)
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row], model
+
+    losses, model = trained(5)
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    params, _ = rlm_mhc.load_pretrained(tmp_path / "trainer" / "checkpoint-5")
+    assert torch.equal(params.layers[1].mlp_mhc.phi, model.layers[1].mlp_mhc.phi)
+    again, _ = trained(5, resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
+    assert again[-2:] == losses[-2:]
+
+
+def test_accelerate():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = RLMModel(small_config())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    tokens, losses = torch.randint(61, (2, 9)), []
+    for _ in range(4):
+        loss = model(tokens, labels=tokens).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert isinstance(accelerator.unwrap_model(model), RLMModel)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mhc_enabled": False}, {"mhc_preset": "single_pass"}], ids=str)
+def test_lora_adapters_on_all_linear_act(make_model, tokens, changes, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = make_model(**changes)
+    before = model(tokens).logits.detach()
+    options = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, options)
+    adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(adapters) == 2 * 7 * 2  # A and B of seven projections in two layers
+    assert torch.equal(adapted(tokens).logits, before)  # B starts at zero
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in adapters.values():
+            p.add_(0.1 * torch.randn_like(p))
+    output = adapted(tokens, labels=tokens)
+    assert (output.logits - before).abs().max() > 1e-2
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.values())
+    adapted.save_pretrained(tmp_path)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, output.logits, rtol=1e-5, atol=1e-5)
+    again = PeftModel.from_pretrained(make_model(**changes), tmp_path)
+    torch.testing.assert_close(again(tokens).logits, output.logits)
+
+
+def test_lora_on_embedding_and_head_acts(make_model, tokens):
+    from peft import LoraConfig, get_peft_model
+
+    model = make_model(tie_embeddings=False)
+    names = ["embed_tokens", "lm_head"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=names, init_lora_weights=False))
+    output = adapted(tokens, labels=tokens)
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, output.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_on_a_projection_runs(make_model, tokens):
+    model, seen = make_model(), []
+    model.layers[0].mlp.up_proj.register_forward_hook(lambda *call: seen.append(call))
+    model(tokens)
+    assert len(seen) == 1
+
+
+@pytest.mark.slow
+def test_lm_eval_on_a_task_of_ones_own(checkpoint, tmp_path, monkeypatch):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": "stream matrix", "choices": [" row", " column"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "words.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    result = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={checkpoint}",
+        tasks=["words"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        device="cpu",
+        batch_size=2,
+        bootstrap_iters=0,
+    )
+    # The same question four times, the answers by turns: half of them are right, whatever the model.
+    assert result["results"]["words"]["acc,none"] == 0.5
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_as_openai_does(checkpoint, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "rlm_mhc.model", "serve", str(checkpoint), "--port", str(port), "--device", "cpu"]
+    log = (tmp_path / "log").open("w")
+    with log, subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as server:
+        try:
+
+            def ask(path, body=None):
+                data = (
+                    None if body is None else json.dumps({"model": str(checkpoint), "max_tokens": 4, **body}).encode()
+                )
+                headers = {"Content-Type": "application/json"}
+                request = urllib.request.Request(f"http://localhost:{port}/{path}", data, headers)
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+
+            for _ in range(120):
+                try:
+                    ask("health")
+                    break
+                except OSError:
+                    assert server.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.5)
+            greedy = {"temperature": 0.0}
+            text = ask("v1/completions", {"prompt": "stream", **greedy})
+            chat = ask("v1/chat/completions", {"messages": [{"role": "user", "content": "row"}], **greedy})
+        finally:
+            server.terminate()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    expected = model.generate(**tokenizer("stream", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert text["choices"][0]["text"] == tokenizer.decode(expected[0, 1:], skip_special_tokens=True)
+    assert chat["choices"][0]["message"]["role"] == "assistant"
+    assert chat["usage"]["completion_tokens"] == 4
+
+
+def test_a_program_that_does_not_import_the_package_is_led_to_it(checkpoint):
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"folder = {str(checkpoint)!r}\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+        "print(type(model).__module__, model(**tokenizer('stream', return_tensors='pt')).logits.shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.stdout.strip() == "rlm_mhc.model.lm torch.Size([1, 1, 300])", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_one_compiled_graph_serves_every_position_of_a_static_cache(make_model, tokens):
+    from transformers import StaticCache
+
+    model = make_model(mhc_sinkhorn_iters=2)
+    step = torch.compile(model.forward, fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(tokens[:, :4], past_key_values=cache)
+        parts = [step(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(4, 9)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits[:, 4:], rtol=1e-4, atol=1e-4)
