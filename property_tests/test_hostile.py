@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from rlm_mhc import fn, load_pretrained, save_pretrained
 from rlm_mhc.checkpoint import load_run, save_run
 from rlm_mhc.data import BadLines, jsonl_source
+from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import small_config
 from rlm_mhc.train import RunConfig
 from rlm_mhc.train.output import read_config, write_config
@@ -126,13 +127,21 @@ def test_any_lines_are_texts_or_counted_or_an_error(lines, suffix):
             assert len(texts) + bad.bad == bad.lines
 
 
-@given(st.sampled_from(sorted(PRETRAINED)), st.data())
-def test_any_bytes_are_a_model_or_an_error(name, data):
+def tree_of_module(folder, verify):
+    return RLMModel.from_pretrained(folder, verify=verify).tree()
+
+
+def tree_of_fn(folder, verify):
+    return load_pretrained(folder, verify=verify)[0]
+
+
+@given(st.sampled_from(sorted(PRETRAINED)), st.sampled_from([tree_of_fn, tree_of_module]), st.data())
+def test_any_bytes_are_a_model_or_an_error(name, load, data):
     content = data.draw(mutilated(PRETRAINED[name]) | st.binary(max_size=200))
     with tempfile.TemporaryDirectory() as folder:
         place(folder, PRETRAINED | {name: content})
-        loaded = result_or_error(lambda: load_pretrained(folder, verify=data.draw(st.booleans())))
-        assert loaded is None or isinstance(loaded[0].norm.weight, torch.Tensor)
+        loaded = result_or_error(lambda: load(folder, data.draw(st.booleans())))
+        assert loaded is None or isinstance(loaded.norm.weight, torch.Tensor)
 
 
 @given(st.sampled_from(sorted(RUN)), st.data())
