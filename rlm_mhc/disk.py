@@ -1,6 +1,7 @@
 """Files that are whole or absent, also after a crash: written beside their place, flushed to the disk, renamed."""
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,32 @@ def replace_file(file: Path, write: Callable[[Path], object], *, durable: bool =
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
+        raise
+
+
+def new_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill(path)` fill a temporary sibling, then put it in the place of `folder`, which is missing or empty.
+
+    Whoever is killed, also by a power failure, leaves it whole or as it was.
+
+    Raises:
+        ValueError: when there is something in it.
+        OSError: when it cannot be written; nothing of it is left then.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: already there, and not an empty folder; name another one, or remove it")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        sync_tree(temporary)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,15 @@ def load_config(folder: Path) -> ModelConfig:
     return first
 
 
-def write_config_files(folder: Path, config: ModelConfig, dtype: str) -> None:
-    """Write both files, and the module by which transformers finds this library."""
+def write_config_files(
+    folder: Path, config: ModelConfig, dtype: str, special_tokens: Mapping[str, Any] | None = None
+) -> None:
+    """Write both files, and the module by which transformers finds this library.
+
+    `special_tokens` are the ids by name, as `eos_token_id`, that transformers reads from `config.json`.
+    """
     fields = {
+        **(special_tokens or {}),
         "architectures": ["RLMModel"],
         "auto_map": AUTO_MAP,
         "dtype": dtype,

@@ -3,7 +3,7 @@ would load silently."""
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,12 @@ def write_tensors(file: Path, named: Mapping[str, Tensor], metadata: Mapping[str
     _sort_metadata(file)
 
 
-def read_tensors(file: Path, device: torch.device | str = "cpu", *, verify: bool = True) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of their own; with `verify`, compared with their checksums where it has any.
+def read_tensors(
+    file: Path, device: torch.device | str = "cpu", *, verify: bool = True, names: Iterable[str] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own; with `verify`, compared with their checksums where it has any.
+
+    With `names` those alone, in that order: no other is read. On `meta` without `verify` none is, only described.
 
     Raises:
         ValueError: when the file is none of the format, or damaged, naming the first tensor that is.
@@ -50,13 +54,14 @@ def read_tensors(file: Path, device: torch.device | str = "cpu", *, verify: bool
 
     try:
         with safe_open(file, "pt") as content, ThreadPoolExecutor(HASHING_THREADS) as pool:
-            names, metadata = list(content.keys()), content.metadata() or {}
-            rows = dict(zip(names, pool.map(read, names), strict=True))
+            wanted, metadata = list(content.keys() if names is None else names), content.metadata() or {}
+            rows = dict(zip(wanted, pool.map(read, wanted), strict=True))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
     if verify and CHECKSUM in metadata:
         expected = _checksums(metadata[CHECKSUM], file)
-        damaged = [name for name in {**rows, **expected} if name not in rows or rows[name][1] != expected.get(name)]
+        promised = expected if names is None else {}
+        damaged = [name for name in {**rows, **promised} if name not in rows or rows[name][1] != expected.get(name)]
         if damaged:
             others = f" nor are {len(damaged) - 1} other tensors;" if damaged[1:] else ""
             raise ValueError(
