@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlm_mhc.checkpoint.tensors import read_tensors, write_tensors
 from rlm_mhc.checkpoint.weights import INDEX_FILE, WEIGHTS_FILE, require_names, weight_files
+from rlm_mhc.disk import replace_file
 
 SHARD_BYTES = 1 << 30
 Read = Callable[[list[str]], dict[str, Tensor]]
@@ -32,11 +33,8 @@ def stored_tensors(folder: Path) -> tuple[dict[str, Tensor], Read]:
         places |= dict.fromkeys(tensors, file)
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        files = dict.fromkeys(places[name] for name in names)
-        found: dict[str, Tensor] = {}
-        for file in files:
-            found |= read_tensors(file, names=[name for name in names if places[name] == file])
-        return found
+        # A file is mapped anew for each tensor: what was read of a mapping counts as memory until it is closed.
+        return {name: read_tensors(places[name], names=[name])[name] for name in names}
 
     return described, read
 
@@ -57,15 +55,16 @@ def write_shards(folder: Path, described: Mapping[str, Tensor], read: Read, shar
     """
     plan = _plan(described, shard_bytes)
     if len(plan) == 1:
-        write_tensors(folder / WEIGHTS_FILE, read(plan[0]))
+        replace_file(folder / WEIGHTS_FILE, lambda file: write_tensors(file, read(plan[0])))
         return
     places: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = folder / f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        write_tensors(file, read(names))
+        replace_file(file, lambda path, names=names: write_tensors(path, read(names)))  # type: ignore[misc]
         places |= dict.fromkeys(names, file.name)
     index = {"metadata": {"total_size": sum(map(_bytes, described.values()))}, "weight_map": places}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    replace_file(folder / INDEX_FILE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _plan(described: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:

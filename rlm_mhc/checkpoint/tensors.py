@@ -55,7 +55,9 @@ def read_tensors(
     try:
         with safe_open(file, "pt") as content, ThreadPoolExecutor(HASHING_THREADS) as pool:
             wanted, metadata = list(content.keys() if names is None else names), content.metadata() or {}
-            rows = dict(zip(wanted, pool.map(read, wanted), strict=True))
+            # The allocator keeps for a thread what the thread has freed: one tensor is read by this one.
+            apply = pool.map if len(wanted) > 1 else map
+            rows = dict(zip(wanted, apply(read, wanted), strict=True))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: damaged or not a safetensors file ({error})") from None
     if verify and CHECKSUM in metadata:

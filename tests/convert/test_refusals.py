@@ -1,0 +1,162 @@
+"""What cannot be converted is refused, and the message says why."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from rlm_mhc.convert import from_llama, upcycle
+from rlm_mhc.convert.layouts import ARCHITECTURES
+
+
+@pytest.fixture
+def folder(theirs, tmp_path):
+    theirs().save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def change(folder, **changes):
+    file = folder / "config.json"
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("llama", {"model_type": "gemma"}, "model_type='gemma': expected one of llama, mistral, qwen2, qwen3"),
+        ("llama", {"model_type": ["llama"]}, "model_type"),
+        ("llama", {"hiden_size": 3}, r"unknown key 'hiden_size' \(did you mean 'hidden_size'"),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
+        ("llama", {"sliding_window": 8}, "unknown key 'sliding_window'"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': this library has only 'silu'"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_size": "absent"}, "has no 'hidden_size'"),
+        ("llama", {"hidden_size": "large"}, "theirs: hidden_dim='large': expected a whole number"),
+        ("llama", {"num_hidden_layers": 3}, r"missing model\.layers\.2\.input_layernorm\.weight"),
+        (
+            "llama",
+            {"intermediate_size": 97},
+            r"model\.layers\.0\.mlp\.gate_proj\.weight has \(96, 64\), not \(97, 64\)",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rotary embedding .*llama3"),
+        ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": "absent"}, "all dimensions"),
+        ("llama", {"rope_parameters": [1]}, "expected a group of keys"),
+        ("mistral", {"sliding_window": 32}, "sliding_window=32: .*give max_seq_len=32"),
+        ("mistral", {"sliding_window": "absent", "max_position_embeddings": 5000}, "sliding_window=4096"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window=32"),
+        ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ("qwen3", {"layer_types": 3}, "layer_types=3"),
+    ],
+)
+def test_a_config_that_means_something_else(theirs, tmp_path, kind, changes, words):
+    theirs(kind).save_pretrained(tmp_path / "theirs")
+    change(tmp_path / "theirs", **changes)
+    with pytest.raises(ValueError, match=words):
+        upcycle(tmp_path / "theirs", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"mhc_flow": 2}, r"unknown choice 'mhc_flow' \(did you mean 'mhc_flows'"),
+        ({"hidden_dim": 2}, "unknown choice 'hidden_dim'"),
+        ({"mhc_flows": 1}, "mhc_flows=1: one stream is a residual already"),
+        ({"mhc_preset": "papr"}, "did you mean 'paper'"),
+        ({"mhc_preset": "kron", "mhc_flows": 3}, "a power of 2"),
+        ({"max_seq_len": 65}, "max_seq_len=65: more than the max_position_embeddings=64"),
+    ],
+)
+def test_a_choice_that_is_none(folder, choices, words):
+    with pytest.raises(ValueError, match=words):
+        from_llama(folder, **choices)
+
+
+def test_streams_that_shrink_layer_by_layer(theirs):
+    with pytest.raises(ValueError, match=r"adds 1e-06 in every sum of Sinkhorn.*after 4 layers .*off by 8e-06"):
+        from_llama(theirs(num_hidden_layers=4), mhc_preset="deepseek_v4")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", r"unknown weight 'model\.layers\.0\.self_attn\.q_proj\.bias'"),
+        ("model.layers.0.mlp.up_proj.weight_scale", "LlamaForCausalLM has none of that name"),
+        ("model.layers.2.input_layernorm.weight", r"unexpected model\.layers\.2\.input_layernorm\.weight"),
+        ("embed_tokens.weight", r"did you mean 'model\.embed_tokens\.weight'"),
+    ],
+)
+def test_a_weight_that_is_in_no_table(folder, name, words):
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(64)}, file)
+    with pytest.raises(ValueError, match=words):
+        from_llama(folder)
+
+
+def test_a_base_model_without_its_head(theirs):
+    with pytest.raises(ValueError, match=r"LlamaModel: unknown weight 'embed_tokens\.weight'"):
+        from_llama(theirs().model)
+
+
+def test_damaged_missing_and_pickled_weights_are_named(theirs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        from_llama(tmp_path / "nope")
+    folder = tmp_path / "theirs"
+    theirs().save_pretrained(folder, max_shard_size="60KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[2]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=rf"{shard.name}: damaged"):
+        upcycle(folder, tmp_path / "ours")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        from_llama(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        from_llama(folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: a pickle.*save_pretrained"):
+        from_llama(folder)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_tied_head_may_be_written_but_not_differ(theirs, tmp_path):
+    theirs(tie_word_embeddings=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file)
+    assert from_llama(tmp_path)[1].tie_embeddings
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, file)
+    with pytest.raises(ValueError, match="tie_word_embeddings is true, but"):
+        from_llama(tmp_path)
+
+
+def test_what_changes_nothing_is_taken(theirs, tmp_path):
+    theirs("mistral").save_pretrained(tmp_path)
+    change(tmp_path, sliding_window=32)
+    assert from_llama(tmp_path, max_seq_len=32)[1].max_seq_len == 32
+    change(tmp_path, sliding_window=64, rope_parameters="absent", rope_theta=77.0, rope_scaling=None)
+    assert from_llama(tmp_path)[1].rope_theta == 77.0
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    from_llama(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_absent_keys_mean_what_they_mean_to_transformers(kind):
+    defaults, row = AutoConfig.for_model(kind), ARCHITECTURES[kind]
+    derived = {"head_dim": defaults.hidden_size // defaults.num_attention_heads, "num_key_value_heads": 32}
+    for key, value in row.absent.items():
+        expected = derived[key] if value is None else value
+        if kind != "qwen2" or key != "head_dim":  # which Qwen2 always derives
+            found = getattr(defaults, key)
+            assert found == expected or (key == "sliding_window" and found == 4096), key
+    assert hasattr(transformers, row.model_class)
