@@ -101,6 +101,9 @@ MUTATIONS = [
     Mutation("targets are the inputs", "data/packing.py", "window[:-1], window[1:]", "window[:-1], window[:-1]"),
     Mutation("held-out windows overlap", "data/packing.py", "first=whole.first + split", "first=whole.first"),
     Mutation("an epoch draws with replacement", "data/loader.py", ".permutation(count)", ".integers(0, count, count)"),
+    Mutation("pre sees what post spreads", "convert/gates.py", "SPREAD * math.sin(angle)", "SPREAD * math.sin(angle + 0.5)"),
+    Mutation("readings not compared with one", "convert/plain.py", "(coefficients[..., :count] - 1)", "(0 * coefficients[..., :count])"),
+    Mutation("one field for two", "convert/layouts.py", '"num_key_value_heads": "num_kv_heads"', '"num_key_value_heads": "num_heads"'),
 ]
 # fmt: on
 

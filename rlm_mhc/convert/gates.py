@@ -9,7 +9,9 @@ from rlm_mhc.params import INIT_STD, WeightSpec, weight_table
 from rlm_mhc.tree import named_leaves
 from rlm_mhc.variants import PRESETS, PROJECTIONS
 
+# By how much logits of the mappings vary between tokens: what it does to a model's logits is near fp32's rounding.
 OPENING = 1e-6
+# By what share of their mean the gates of different streams differ.
 SPREAD = 0.25
 # Its start is not the same read from the last stream to the first.
 LOPSIDED = ("orthostochastic",)
@@ -35,8 +37,8 @@ def closed_specs(config: ModelConfig) -> dict[str, WeightSpec]:
 
     The gradient of `phi` is proportional to `alpha`, that of `alpha` to `phi`: neither may be zero. `phi ~ N(0, 0.02²)`
     as in `fn.init`, and `alpha = 1e-6 / (0.02 · sqrt(n · c))`, with which logits of the mappings vary by 1e-6 between
-    tokens, in a model of any width. Model logits change by less than that, and Adam, whose updates do not depend on
-    the size of a gradient, makes `alpha` larger than this in its first steps.
+    tokens, in a model of any width. The model's logits change by about as much, and Adam, whose updates do not depend
+    on the size of a gradient, makes `alpha` larger than this in its first steps.
 
     >>> import torch
     >>> specs = closed_specs(ModelConfig.preset("tiny"))

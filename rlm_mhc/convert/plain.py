@@ -14,7 +14,9 @@ from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.params import Embedding, LMParams, MHCHead, MHCParams, RMSNorm
 from rlm_mhc.variants import PRESETS
 
+# Noise in phi makes an opening a little more or less than meant.
 CLOSED = 2 * OPENING
+# A weight that is off by so much changes logits by about as much.
 READING = 5e-6
 
 
@@ -45,7 +47,7 @@ most 2e-06; only closed ones are plain residuals
     if not sites:
         return
     for site in sites:
-        opening = _opening(read([f"{site}.{leaf}" for leaf in ("phi", "alpha", "bias")]), site, config)
+        opening = _opening(read([f"{site}.{leaf}" for leaf in ("phi", "alpha")]), site, config)
         if not opening <= CLOSED:
             raise ValueError(
                 f"{site}.alpha: the gates are open, their logits vary by {opening:.1e} between tokens, "
