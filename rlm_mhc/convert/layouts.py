@@ -55,11 +55,15 @@ WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 HARMLESS = (TRANSFORMERS_KEYS - {"auto_map", "quantization_config"}) | {
     "_attn_implementation_autoset",
     "initializer_range",
+    "is_llama_config",
     "max_window_layers",
     "model_type",
     "pretraining_tp",
     "tokenizer_class",
+    "transformers.js_config",
 }
+# What some checkpoints have in addition, without effect at this value.
+NEUTRAL = {"quantization_config": None, "rope_interleaved": False, "use_mrope": False}
 
 
 class Architecture(NamedTuple):
@@ -81,7 +85,7 @@ class Architecture(NamedTuple):
 
 
 ABSENT = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-FIXED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
+FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
 UNBIASED = {"attention_bias": False}
 
 ARCHITECTURES = {
@@ -179,14 +183,15 @@ def ours_from_fields(fields: Mapping[str, Any], where: str, max_seq_len: int | N
     """
     architecture = architecture_of(fields, where)
     given = {**architecture.absent, **{key: value for key, value in fields.items() if key not in HARMLESS}}
-    known = [*FIELDS, *ROTARY, *architecture.fixed, *(WINDOW if architecture.window else ())]
+    fixed = NEUTRAL | dict(architecture.fixed)
+    known = [*FIELDS, *ROTARY, *fixed, *(WINDOW if architecture.window else ())]
     for key, value in given.items():
         if key not in known:
             raise ValueError(
                 f"{where}: unknown key '{key}'{nearest(key, known)}; this library cannot tell what it does"
             )
-        if key in architecture.fixed and value != architecture.fixed[key]:
-            raise ValueError(f"{where}: {key}={value!r}: this library has only {architecture.fixed[key]!r}")
+        if key in fixed and value != fixed[key]:
+            raise ValueError(f"{where}: {key}={value!r}: this library has only {fixed[key]!r}")
     missing = [key for key in FIELDS if key not in given]
     if missing:
         raise ValueError(f"{where}: has no '{missing[0]}'")
@@ -247,7 +252,7 @@ def theirs_from_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         "architectures": [architecture.model_class],
         "model_type": kind,
         **{their: getattr(config, our) for their, our in FIELDS.items()},
-        **{key: value for key, value in architecture.fixed.items() if value is not None},
+        **architecture.fixed,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,  # where versions of transformers before 5 and other programs look for it
     }

@@ -8,8 +8,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from rlm_mhc import ModelConfig, fn
 from rlm_mhc.convert import from_llama, upcycle
-from rlm_mhc.convert.layouts import ARCHITECTURES
+from rlm_mhc.convert.layouts import ARCHITECTURES, ours_from_fields
 
 
 @pytest.fixture
@@ -148,6 +149,65 @@ def test_what_changes_nothing_is_taken(theirs, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
     from_llama(tmp_path)
+
+
+def test_configs_of_published_models_are_read():
+    smol = dict(
+        architectures=["LlamaForCausalLM"],
+        attention_bias=False,
+        attention_dropout=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        hidden_act="silu",
+        hidden_size=576,
+        initializer_range=0.041666666666666664,
+        intermediate_size=1536,
+        is_llama_config=True,
+        max_position_embeddings=8192,
+        model_type="llama",
+        num_attention_heads=9,
+        num_hidden_layers=30,
+        num_key_value_heads=3,
+        pretraining_tp=1,
+        rms_norm_eps=1e-05,
+        rope_interleaved=False,
+        rope_scaling=None,
+        rope_theta=100000,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+        transformers_version="4.40.1",
+        use_cache=True,
+        vocab_size=49152,
+    )
+    qwen = dict(
+        architectures=["Qwen2ForCausalLM"],
+        attention_dropout=0.0,
+        bos_token_id=151643,
+        eos_token_id=151643,
+        hidden_act="silu",
+        hidden_size=896,
+        initializer_range=0.02,
+        intermediate_size=4864,
+        max_position_embeddings=32768,
+        max_window_layers=24,
+        model_type="qwen2",
+        num_attention_heads=14,
+        num_hidden_layers=24,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-06,
+        rope_theta=1000000.0,
+        sliding_window=32768,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+        transformers_version="4.40.1",
+        use_cache=True,
+        use_mrope=False,
+        use_sliding_window=False,
+        vocab_size=151936,
+    )
+    small, medium = (ModelConfig(**ours_from_fields(fields, ""), mhc_enabled=False) for fields in (smol, qwen))
+    assert (small.rope_theta, small.head_width, fn.count(small)) == (1e5, 64, 134_515_008)
+    assert (medium.qkv_bias, medium.kv_heads, fn.count(medium)) == (True, 2, 494_032_768)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
