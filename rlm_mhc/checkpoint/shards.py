@@ -48,7 +48,7 @@ def write_shards(folder: Path, described: Mapping[str, Tensor], read: Read, shar
         folder: where they go.
         described: every tensor by name, in the order of the files; on the meta device.
         read: gives those of one file.
-        shard_bytes: the most that a file's tensors take, and so the most that is in memory at once.
+        shard_bytes: the most that a file's tensors take; that much is in memory at once, and the tensor being read.
 
     Raises:
         OSError: when it cannot be written.
