@@ -4,6 +4,7 @@
 |---|---|
 | `*b` | any leading batch axes, possibly none |
 | `s` | position in the sequence |
+| `places` | room for tokens in a row of a cache |
 | `n` | residual streams |
 | `c` | width of one stream (`hidden_dim`) |
 | `h`, `kv` | query heads, key/value heads |
@@ -26,6 +27,8 @@ StreamMatrix = Float[Tensor, "*b out=n in=n"]
 Vector = Float[Tensor, " c"]
 Tokens = Int[Tensor, "*b s"]
 Logits = Float[Tensor, "*b s v"]
+PerRow = Int[Tensor, "*b"]
+NextLogits = Float[Tensor, "*b v"]
 RotaryTable = Float[Tensor, "*t s half"]
 
 IGNORED_TARGET = -100

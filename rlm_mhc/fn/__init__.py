@@ -5,7 +5,10 @@ Differentiate, batch and compile them as you like: `torch.func.grad_and_value(fn
 
 from rlm_mhc.fn.attention import causal_attention, self_attention
 from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
+from rlm_mhc.fn.cache import Cache, init_cache
+from rlm_mhc.fn.decode import cached_attention, decode_step, prefill
 from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error, stream_dominance
+from rlm_mhc.fn.generate import Decoder, Drawn, Generated, generate, generate_steps
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
@@ -25,7 +28,7 @@ from rlm_mhc.fn.norm import rms_norm, widen
 from rlm_mhc.fn.optim import AdamWState, adamw, adamw_init, clip_by_global_norm, global_norm
 from rlm_mhc.fn.projections import project
 from rlm_mhc.fn.rope import rotary_embedding, rotary_table
-from rlm_mhc.fn.sample import sample_token
+from rlm_mhc.fn.sample import Sampling, filter_logits, sample_token
 from rlm_mhc.fn.schedule import cosine_schedule
 from rlm_mhc.fn.sinkhorn import sinkhorn_implicit, sinkhorn_knopp
 from rlm_mhc.params import LMParams, MHCHead, MHCParams, cast, count, decay_mask, init, names
@@ -36,16 +39,22 @@ __all__ = [
     "Backbone",
     "Batch",
     "BlockOutput",
+    "Cache",
+    "Decoder",
+    "Drawn",
     "EarlyPre",
+    "Generated",
     "Kernels",
     "LMParams",
     "MHCHead",
     "MHCMappings",
     "MHCParams",
+    "Sampling",
     "adamw",
     "adamw_init",
     "backbone",
     "block",
+    "cached_attention",
     "cast",
     "causal_attention",
     "clip_by_global_norm",
@@ -58,15 +67,20 @@ __all__ = [
     "count_targets",
     "cumulative_gain",
     "decay_mask",
+    "decode_step",
     "embed",
     "embedding",
     "enter",
     "expand_streams",
+    "filter_logits",
     "forward",
+    "generate",
+    "generate_steps",
     "global_norm",
     "head",
     "hyper_connection",
     "init",
+    "init_cache",
     "linear",
     "loss",
     "mhc_aggregate",
@@ -74,6 +88,7 @@ __all__ = [
     "mhc_mappings",
     "names",
     "positions",
+    "prefill",
     "project",
     "rms_norm",
     "rotary_embedding",

@@ -1,0 +1,91 @@
+"""Keys and values of the tokens that a model has read: a pytree of fixed size, whatever it holds."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+
+Write = Callable[[Tensor, Tensor], Tensor]
+
+
+class Cache(NamedTuple):
+    """What attention has seen. Rows may hold different numbers of tokens; what lies beyond a row's is never read.
+
+    `keys`, `values`: of each layer `[*b, kv, places, d]`, keys rotated; `lengths [*b]`: how many
+    tokens each row holds.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    lengths: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many tokens a row has room for."""
+        return self.keys[0].shape[-2]
+
+
+def init_cache(
+    config: ModelConfig,
+    batch: int | tuple[int, ...],
+    size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Cache:
+    """An empty cache of `2 · num_layers · kv_heads · head_dim · size` numbers a row.
+
+    Args:
+        config: the model's shape.
+        batch: how many rows, or the axes `*b`.
+        size: tokens a row has room for, at most `max_seq_len`.
+        dtype: that of the model's matrices.
+        device: where it lies.
+
+    Raises:
+        ValueError: on a size below 1 or beyond `max_seq_len`, where the model knows no positions.
+
+    >>> cache = init_cache(ModelConfig.preset("tiny"), 2, 16)
+    >>> len(cache.keys), cache.keys[0].shape, cache.lengths
+    (6, torch.Size([2, 4, 16, 32]), tensor([0, 0]))
+    """
+    if not 1 <= size <= config.max_seq_len:
+        raise ValueError(f"size={size} of the cache: expected 1 to max_seq_len={config.max_seq_len} of the model")
+    axes = (batch,) if isinstance(batch, int) else tuple(batch)
+    shape = (*axes, config.kv_heads, size, config.head_width)
+    # Zeros: what is never read is still multiplied by zero, which uninitialised memory may not survive.
+    keys, values = (
+        tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)) for _ in range(2)
+    )
+    return Cache(keys, values, torch.zeros(axes, dtype=torch.int64, device=device))
+
+
+def write_first(donate: bool) -> Write:
+    """`write(cached, new)`: `new [*b, kv, s, d]` in the first s places of `cached [*b, kv, places, d]`, which with `donate`
+    is written to itself."""
+
+    def write(
+        cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv s d"]
+    ) -> Float[Tensor, "*b kv places d"]:
+        if not donate:
+            return torch.cat([new, cached[..., new.shape[-2] :, :]], dim=-2)
+        cached[..., : new.shape[-2], :] = new
+        return cached
+
+    return write
+
+
+def write_at(lengths: Int[Tensor, "*b"], donate: bool) -> Write:
+    """As `write_first`, one new token (s = 1) in each row's place `lengths`."""
+
+    def write(
+        cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv 1 d"]
+    ) -> Float[Tensor, "*b kv places d"]:
+        index = lengths[..., None, None, None].expand_as(new)
+        return cached.scatter_(-2, index, new) if donate else cached.scatter(-2, index, new)
+
+    return write

@@ -1,0 +1,193 @@
+"""Reading a prompt into a cache, and going on from there token by token."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.block import block
+from rlm_mhc.fn.cache import Cache, Write, write_at, write_first
+from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.lm import embed, head
+from rlm_mhc.fn.rope import rotary_table
+from rlm_mhc.params import LMParams
+from rlm_mhc.tree import tree_map
+from rlm_mhc.types import NextLogits, PerRow, Tokens
+
+# From the layer's heads and its new cache to what attention gives: `attend(q, k, v, keys, values)`.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def prefill(
+    params: LMParams,
+    tokens: Tokens,
+    config: ModelConfig,
+    cache: Cache,
+    kernels: Kernels = REFERENCE,
+    *,
+    lengths: PerRow | None = None,
+    donate: bool = False,
+) -> tuple[NextLogits, Cache]:
+    """Read prompts from the start of each row: logits `[*b, v]` of the token after each prompt, and the cache that
+    holds it; whatever the cache held is forgotten.
+
+    Args:
+        params: the tree of `fn.init`.
+        tokens: `[*b, s]` ids; rows shorter than s are padded on the right, with any id.
+        config: the model's shape.
+        cache: of `fn.init_cache`, for rows `*b` and at least s tokens.
+        kernels: the operations to run it with.
+        lengths: tokens of each row, `[*b]`, from 1 to s; None: s.
+        donate: write into the cache that was given, instead of a copy; it must not be used afterwards, and nothing
+            be differentiated.
+
+    Raises:
+        ValueError: when the cache has no room for s tokens, or is one of another model or batch.
+
+    >>> from rlm_mhc import fn
+    >>> config = ModelConfig.preset("tiny")
+    >>> logits, cache = fn.prefill(fn.init(config), torch.tensor([[1, 2, 3]]), config, fn.init_cache(config, 1, 8))
+    >>> logits.shape, cache.lengths
+    (torch.Size([1, 4096]), tensor([3]))
+    """
+    length = tokens.shape[-1]
+    _require_fit(cache, tokens.shape[:-1], config)
+    if not 1 <= length <= cache.size:
+        raise ValueError(f"prompt of {length} tokens: the cache has room for 1 to {cache.size}")
+    if lengths is None:
+        lengths = torch.full(tokens.shape[:-1], length, device=tokens.device)
+    positions = torch.arange(length, device=tokens.device)
+    hidden, keys, values = _through(
+        params,
+        tokens,
+        positions,
+        config,
+        cache,
+        kernels,
+        write_first(donate),
+        lambda q, k, v, *_: kernels.attention(q, k, v),
+    )
+    axis = lengths.dim()
+
+    def last(x: Tensor) -> Tensor:
+        index = (lengths - 1).reshape(*lengths.shape, *(1,) * (x.dim() - axis))
+        return x.take_along_dim(index.expand(*lengths.shape, 1, *x.shape[axis + 1 :]), dim=axis)
+
+    logits = head(params, tree_map(last, hidden), config, kernels).squeeze(-2)
+    return logits, Cache(keys, values, lengths.to(cache.lengths.dtype))
+
+
+def decode_step(
+    params: LMParams,
+    tokens: PerRow,
+    config: ModelConfig,
+    cache: Cache,
+    kernels: Kernels = REFERENCE,
+    *,
+    donate: bool = False,
+) -> tuple[NextLogits, Cache]:
+    """Read one more token in each row, at the row's own position: logits `[*b, v]` of the one after it, and the cache.
+
+    Equals `fn.forward` over all tokens of the row, at its last position. `kernels.attention` is not used: what the
+    cache holds is read by `cached_attention`.
+
+    Args:
+        params: the tree of `fn.init`.
+        tokens: `[*b]` ids.
+        config: the model's shape.
+        cache: what `fn.prefill` or the last step returned; its rows have room for another token each.
+        kernels: the operations to run it with.
+        donate: as in `prefill`.
+
+    Raises:
+        ValueError: when the cache is one of another model or batch, or a row of it is full; where that cannot be known
+            without waiting for the device or under a transform, it is PyTorch's error of an index.
+
+    >>> from rlm_mhc import fn
+    >>> config = ModelConfig.preset("tiny")
+    >>> params = fn.init(config)
+    >>> logits, cache = fn.prefill(params, torch.tensor([[1, 2, 3]]), config, fn.init_cache(config, 1, 8))
+    >>> logits, cache = fn.decode_step(params, logits.argmax(-1), config, cache)
+    >>> cache.lengths
+    tensor([4])
+    """
+    _require_fit(cache, tokens.shape, config)
+    _require_room(cache)
+    visible = torch.arange(cache.size, device=tokens.device) <= cache.lengths.unsqueeze(-1)
+    hidden, keys, values = _through(
+        params,
+        tokens.unsqueeze(-1),
+        cache.lengths.unsqueeze(-1),
+        config,
+        cache,
+        kernels,
+        write_at(cache.lengths, donate),
+        lambda q, k, v, keys, values: cached_attention(q, keys, values, visible),
+    )
+    return head(params, hidden, config, kernels).squeeze(-2), Cache(keys, values, cache.lengths + 1)
+
+
+def cached_attention(
+    q: Float[Tensor, "*b h 1 d"],
+    keys: Float[Tensor, "*b kv places d"],
+    values: Float[Tensor, "*b kv places d"],
+    visible: Bool[Tensor, "*b places"],
+) -> Float[Tensor, "*b h 1 d"]:
+    """`softmax(q · keysᵀ / sqrt(d)) · values` over the places that are `visible`, for one query a row.
+
+    Query head `i` reads key/value head `i // (h / kv)`. The heads of a group stand side by side as if they were
+    positions, so that nothing of the cache is repeated for them.
+
+    >>> cached_attention(torch.ones(1, 4, 1, 2), *[torch.ones(1, 2, 3, 2)] * 2, torch.tensor([[True, True, False]]))[0, 0]
+    tensor([[1., 1.]])
+    """
+    grouped = rearrange(q, "... (kv group) 1 d -> ... kv group d", kv=keys.shape[-3])
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[..., None, None, :])
+    return rearrange(out, "... kv group d -> ... (kv group) 1 d")
+
+
+def _through(
+    params: LMParams,
+    tokens: Tensor,
+    positions: Tensor,
+    config: ModelConfig,
+    cache: Cache,
+    kernels: Kernels,
+    write: Write,
+    attend: Attend,
+) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What the blocks give for tokens at positions, and the keys and values of all layers with theirs written."""
+    cos, sin = rotary_table(positions, config.head_width, config.rope_theta)
+    hidden, written = embed(params, tokens, config), []
+    for layer, keys, values in zip(params.layers, cache.keys, cache.values, strict=True):
+        kept = [keys, values]
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept[:] = write(kept[0], k), write(kept[1], v)
+            return attend(q, k, v, *kept)
+
+        hidden = block(layer, hidden, cos, sin, config, kernels._replace(attention=attention)).hidden
+        written.append(kept)
+    return hidden, tuple(keys for keys, _ in written), tuple(values for _, values in written)
+
+
+def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig) -> None:
+    expected = (*batch, config.kv_heads, cache.size, config.head_width)
+    if len(cache.keys) != config.num_layers or cache.keys[0].shape != expected:
+        raise ValueError(
+            f"cache of {len(cache.keys)} layers of {tuple(cache.keys[0].shape)}: these tokens and this model need "
+            f"{config.num_layers} of {expected}; make it by fn.init_cache"
+        )
+
+
+def _require_room(cache: Cache) -> None:
+    # A value on another device would have to be waited for; under vmap and in a graph there is none.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+    known = cache.lengths.is_cpu and not torch.compiler.is_compiling() and not wrapped(cache.lengths)
+    if known and bool((cache.lengths >= cache.size).any()):
+        raise ValueError(f"a row holds {int(cache.lengths.max())} tokens: the cache has room for {cache.size}")
