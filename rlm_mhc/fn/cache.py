@@ -65,8 +65,8 @@ def init_cache(
 
 
 def write_first(donate: bool) -> Write:
-    """`write(cached, new)`: `new [*b, kv, s, d]` in the first s places of `cached [*b, kv, places, d]`, which with `donate`
-    is written to itself."""
+    """`write(cached, new)`: `new [*b, kv, s, d]` in the first s places of `cached [*b, kv, places, d]`, which with
+    `donate` is written to itself."""
 
     def write(
         cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv s d"]
@@ -85,7 +85,11 @@ def write_at(lengths: Int[Tensor, "*b"], donate: bool) -> Write:
     def write(
         cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv 1 d"]
     ) -> Float[Tensor, "*b kv places d"]:
-        index = lengths[..., None, None, None].expand_as(new)
-        return cached.scatter_(-2, index, new) if donate else cached.scatter(-2, index, new)
+        if not donate:
+            return cached.scatter(-2, lengths[..., None, None, None].expand_as(new), new)
+        # Not scatter_: the compiler would copy the whole cache for it, at every step.
+        rows = cached.view(-1, *cached.shape[-3:])
+        rows[torch.arange(len(rows), device=rows.device), :, lengths.reshape(-1)] = new.reshape(-1, *new.shape[-3::2])
+        return cached
 
     return write

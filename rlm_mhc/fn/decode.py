@@ -143,7 +143,8 @@ def cached_attention(
     Query head `i` reads key/value head `i // (h / kv)`. The heads of a group stand side by side as if they were
     positions, so that nothing of the cache is repeated for them.
 
-    >>> cached_attention(torch.ones(1, 4, 1, 2), *[torch.ones(1, 2, 3, 2)] * 2, torch.tensor([[True, True, False]]))[0, 0]
+    >>> visible = torch.tensor([[True, True, False]])
+    >>> cached_attention(torch.ones(1, 4, 1, 2), *[torch.ones(1, 2, 3, 2)] * 2, visible)[0, 0]
     tensor([[1., 1.]])
     """
     grouped = rearrange(q, "... (kv group) 1 d -> ... kv group d", kv=keys.shape[-3])
@@ -187,7 +188,7 @@ def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig) -> None:
 
 def _require_room(cache: Cache) -> None:
     # A value on another device would have to be waited for; under vmap and in a graph there is none.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     known = cache.lengths.is_cpu and not torch.compiler.is_compiling() and not wrapped(cache.lengths)
     if known and bool((cache.lengths >= cache.size).any()):
         raise ValueError(f"a row holds {int(cache.lengths.max())} tokens: the cache has room for {cache.size}")
