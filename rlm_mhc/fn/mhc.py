@@ -79,17 +79,24 @@ def mhc_mappings(
     >>> fn.mhc_mappings(layer.attn_mhc, torch.randn(2, 5, 4, 128)).res.shape
     torch.Size([2, 5, 4, 4])
     """
-    n, c = streams.shape[-2:]
-    row = preset_named(preset)
+    n, row = streams.shape[-2], preset_named(preset)
     projection = projection or row.projection
+    with torch.autocast(streams.device.type, enabled=False):
+        pre, post, raw = unprojected(params, streams, eps=eps, preset=preset, projection=projection)
+        return MHCMappings(pre, post, project(raw, n, projection, num_iters=num_iters, eps=row.eps))
+
+
+def unprojected(
+    params: MHCParams, streams: Streams, *, eps: float, preset: str, projection: str
+) -> tuple[PerStream, PerStream, Float[Tensor, "*b k"]]:
+    """`pre`, `post` and the raw numbers that `res` is made of; see `mhc_mappings`."""
+    n, c = streams.shape[-2:]
     size = 2 * n + projection_named(projection).raw_size(n)
     if params.phi.shape != (n * c, size):
         form = "[n·c, 2n+n²]" if size == 2 * n + n * n else f"[n·c, 2n+k] with the k of {projection}"
         raise ValueError(f"phi is {tuple(params.phi.shape)}, but streams of n={n}, c={c} need {form} = {(n * c, size)}")
-    with torch.autocast(streams.device.type, enabled=False):
-        h = _project(streams.flatten(-2), params.phi, eps)
-        pre, post, raw = activate(h, params.alpha, params.bias, n, preset)
-        return MHCMappings(pre, post, project(raw, n, projection, num_iters=num_iters, eps=row.eps))
+    h = _project(streams.flatten(-2), params.phi, eps)
+    return activate(h, params.alpha, params.bias, n, preset)
 
 
 def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: float) -> Float[Tensor, "*b m"]:

@@ -1,6 +1,7 @@
-"""The train step: a factory that closes over what is static and returns a function of state and batch."""
+"""The train step and the decoder: factories that close over what is static and return functions of what changes."""
 
+from rlm_mhc.program.decode import make_decoder
 from rlm_mhc.program.state import TrainState, init_train_state
 from rlm_mhc.program.step import make_train_step
 
-__all__ = ["TrainState", "init_train_state", "make_train_step"]
+__all__ = ["TrainState", "init_train_state", "make_decoder", "make_train_step"]

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from rlm_mhc.fn.mhc import streams_of
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import Embedding, Linear, LMParams, MHCHead, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
+from rlm_mhc.program.compile import compile_whole
 from rlm_mhc.program.monitors import Sampled, sample
 from rlm_mhc.program.stage import Weights, recompute
 from rlm_mhc.tree import tree_map
@@ -39,17 +39,6 @@ class Functions(NamedTuple):
     replay: Callable[..., Any]
 
 
-GUARDS = {
-    "TENSOR_MATCH",
-    "SHAPE_ENV",
-    "GRAD_MODE",
-    "GLOBAL_STATE",
-    "DEFAULT_DEVICE",
-    "DETERMINISTIC_ALGORITHMS",
-    "TORCH_FUNCTION_STATE",
-    "FUNCTORCH_STACK_MATCH",
-    "AUTOGRAD_SAVED_TENSORS_HOOKS",
-}
 NAMES = {
     "embed": "embedding",
     "forward": "block, forward",
@@ -136,9 +125,7 @@ def _contiguous(hidden: Any) -> Any:
 
 
 def _compile(f: Any, name: str, say: Callable[[str], None]) -> Any:
-    # Dynamo counts recompilations per code object: without one of its own, the ninth program of a process fails.
-    own = types.FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
-    run = torch.compile(own, fullgraph=True, dynamic=False, options={"guard_filter_fn": _about_inputs})
+    run = compile_whole(f)
     unsaid = [name]
 
     def first_announced(*arguments: Any) -> Any:
@@ -147,9 +134,3 @@ def _compile(f: Any, name: str, say: Callable[[str], None]) -> Any:
         return run(*arguments)
 
     return first_announced
-
-
-def _about_inputs(guards: Any) -> list[bool]:
-    """Of dynamo's guards those on inputs and on PyTorch's state; the others are on this package's own code and cost as
-    much as a small layer."""
-    return [guard.guard_type in GUARDS for guard in guards]

@@ -1,6 +1,7 @@
 """Sinkhorn-Knopp with a backward written by hand."""
 
 from rlm_mhc.kernels.sinkhorn.function import sinkhorn_knopp
+from rlm_mhc.kernels.sinkhorn.mappings import mhc_mappings_by_op
 from rlm_mhc.kernels.sinkhorn.op import sinkhorn, sinkhorn_backward
 
-__all__ = ["sinkhorn", "sinkhorn_backward", "sinkhorn_knopp"]
+__all__ = ["mhc_mappings_by_op", "sinkhorn", "sinkhorn_backward", "sinkhorn_knopp"]
