@@ -30,7 +30,7 @@ def make_decoder(
     Raises:
         ValueError: on a size below 1 or beyond `max_seq_len`.
 
-    >>> from rlm_mhc import fn
+    >>> import torch; from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
     >>> decoder = make_decoder(config, compiled=False)
     >>> out = fn.generate(fn.init(config), torch.tensor([[1, 2]]), config, max_new_tokens=2, decoder=decoder)
