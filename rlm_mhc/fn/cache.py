@@ -1,6 +1,5 @@
 """Keys and values of the tokens that a model has read: a pytree of fixed size, whatever it holds."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,8 +7,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
-
-Write = Callable[[Tensor, Tensor], Tensor]
 
 
 class Cache(NamedTuple):
@@ -64,32 +61,34 @@ def init_cache(
     return Cache(keys, values, torch.zeros(axes, dtype=torch.int64, device=device))
 
 
-def write_first(donate: bool) -> Write:
-    """`write(cached, new)`: `new [*b, kv, s, d]` in the first s places of `cached [*b, kv, places, d]`, which with
-    `donate` is written to itself."""
+def write_first(
+    cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv s d"], donate: bool = False
+) -> Float[Tensor, "*b kv places d"]:
+    """`cached` with `new` in the first s places; with `donate` it is written itself.
 
-    def write(
-        cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv s d"]
-    ) -> Float[Tensor, "*b kv places d"]:
-        if not donate:
-            return torch.cat([new, cached[..., new.shape[-2] :, :]], dim=-2)
-        cached[..., : new.shape[-2], :] = new
-        return cached
-
-    return write
+    >>> write_first(torch.zeros(1, 3, 1), torch.ones(1, 2, 1)).flatten()
+    tensor([1., 1., 0.])
+    """
+    if not donate:
+        return torch.cat([new, cached[..., new.shape[-2] :, :]], dim=-2)
+    cached[..., : new.shape[-2], :] = new
+    return cached
 
 
-def write_at(lengths: Int[Tensor, "*b"], donate: bool) -> Write:
-    """As `write_first`, one new token (s = 1) in each row's place `lengths`."""
+def write_at(
+    cached: Float[Tensor, "*b kv places d"],
+    new: Float[Tensor, "*b kv 1 d"],
+    places: Int[Tensor, "*b"],
+    donate: bool = False,
+) -> Float[Tensor, "*b kv places d"]:
+    """`cached` with one token in each row's own place; with `donate` it is written itself.
 
-    def write(
-        cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv 1 d"]
-    ) -> Float[Tensor, "*b kv places d"]:
-        if not donate:
-            return cached.scatter(-2, lengths[..., None, None, None].expand_as(new), new)
-        # Not scatter_: the compiler would copy the whole cache for it, at every step.
-        rows = cached.view(-1, *cached.shape[-3:])
-        rows[torch.arange(len(rows), device=rows.device), :, lengths.reshape(-1)] = new.reshape(-1, *new.shape[-3::2])
-        return cached
-
-    return write
+    >>> write_at(torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.tensor(2)).flatten()
+    tensor([0., 0., 1.])
+    """
+    if not donate:
+        return cached.scatter(-2, places[..., None, None, None].expand_as(new), new)
+    # Not scatter_: the compiler would copy the whole cache for it, at every step.
+    rows = cached.view(-1, *cached.shape[-3:])
+    rows[torch.arange(len(rows), device=rows.device), :, places.reshape(-1)] = new.reshape(-1, *new.shape[-3::2])
+    return cached

@@ -1,6 +1,7 @@
 """Reading a prompt into a cache, and going on from there token by token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
-from rlm_mhc.fn.cache import Cache, Write, write_at, write_first
+from rlm_mhc.fn.cache import Cache, write_at, write_first
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.lm import embed, head
 from rlm_mhc.fn.rope import rotary_table
@@ -19,8 +20,8 @@ from rlm_mhc.params import LMParams
 from rlm_mhc.tree import tree_map
 from rlm_mhc.types import NextLogits, PerRow, Tokens
 
-# From the layer's heads and its new cache to what attention gives: `attend(q, k, v, keys, values)`.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# A layer's attention over a cache: `attend(keys, values, q, k, v)` gives its output, and keys and values with k and v.
+Attend = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def prefill(
@@ -62,23 +63,10 @@ def prefill(
     if lengths is None:
         lengths = torch.full(tokens.shape[:-1], length, device=tokens.device)
     positions = torch.arange(length, device=tokens.device)
-    hidden, keys, values = _through(
-        params,
-        tokens,
-        positions,
-        config,
-        cache,
-        kernels,
-        write_first(donate),
-        lambda q, k, v, *_: kernels.attention(q, k, v),
-    )
-    axis = lengths.dim()
-
-    def last(x: Tensor) -> Tensor:
-        index = (lengths - 1).reshape(*lengths.shape, *(1,) * (x.dim() - axis))
-        return x.take_along_dim(index.expand(*lengths.shape, 1, *x.shape[axis + 1 :]), dim=axis)
-
-    logits = head(params, tree_map(last, hidden), config, kernels).squeeze(-2)
+    attend = partial(_attend_prompt, kernels.attention, donate)
+    hidden, keys, values = _through(params, tokens, positions, config, cache, kernels, attend)
+    last = tree_map(partial(_last, lengths), hidden)
+    logits = head(params, last, config, kernels).squeeze(-2)
     return logits, Cache(keys, values, lengths.to(cache.lengths.dtype))
 
 
@@ -118,17 +106,10 @@ def decode_step(
     """
     _require_fit(cache, tokens.shape, config)
     _require_room(cache)
-    visible = torch.arange(cache.size, device=tokens.device) <= cache.lengths.unsqueeze(-1)
-    hidden, keys, values = _through(
-        params,
-        tokens.unsqueeze(-1),
-        cache.lengths.unsqueeze(-1),
-        config,
-        cache,
-        kernels,
-        write_at(cache.lengths, donate),
-        lambda q, k, v, keys, values: cached_attention(q, keys, values, visible),
-    )
+    positions = cache.lengths.unsqueeze(-1)
+    visible = torch.arange(cache.size, device=tokens.device) <= positions
+    attend = partial(_attend_cache, cache.lengths, visible, donate)
+    hidden, keys, values = _through(params, tokens.unsqueeze(-1), positions, config, cache, kernels, attend)
     return head(params, hidden, config, kernels).squeeze(-2), Cache(keys, values, cache.lengths + 1)
 
 
@@ -152,6 +133,27 @@ def cached_attention(
     return rearrange(out, "... kv group d -> ... (kv group) 1 d")
 
 
+# Functions of their own rather than nested ones: a hook that checks shapes wraps those again at each call.
+def _attend_prompt(
+    attention: Callable[..., Tensor], donate: bool, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return attention(q, k, v), write_first(keys, k, donate), write_first(values, v, donate)
+
+
+def _attend_cache(
+    lengths: Tensor, visible: Tensor, donate: bool, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = write_at(keys, k, lengths, donate), write_at(values, v, lengths, donate)
+    return cached_attention(q, keys, values, visible), keys, values
+
+
+def _keep(attend: Attend, cached: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What attention gives, with the new keys and values left in `cached` for the caller: a branch of a
+    hyper-connection returns its output alone."""
+    output, *cached[:] = attend(*cached, q, k, v)
+    return output
+
+
 def _through(
     params: LMParams,
     tokens: Tensor,
@@ -159,22 +161,24 @@ def _through(
     config: ModelConfig,
     cache: Cache,
     kernels: Kernels,
-    write: Write,
     attend: Attend,
 ) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What the blocks give for tokens at positions, and the keys and values of all layers with theirs written."""
+    """What the blocks give for tokens at positions, and the keys and values of all layers with theirs."""
     cos, sin = rotary_table(positions, config.head_width, config.rope_theta)
     hidden, written = embed(params, tokens, config), []
-    for layer, keys, values in zip(params.layers, cache.keys, cache.values, strict=True):
-        kept = [keys, values]
+    for layer, *cached in zip(params.layers, cache.keys, cache.values, strict=True):
+        own = kernels._replace(attention=partial(_keep, attend, cached))
+        hidden = block(layer, hidden, cos, sin, config, own).hidden
+        written.append(cached)
+    keys, values = zip(*written, strict=True)
+    return hidden, keys, values
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor] = kept) -> Tensor:
-            kept[:] = write(kept[0], k), write(kept[1], v)
-            return attend(q, k, v, *kept)
 
-        hidden = block(layer, hidden, cos, sin, config, kernels._replace(attention=attention)).hidden
-        written.append(kept)
-    return hidden, tuple(keys for keys, _ in written), tuple(values for _, values in written)
+def _last(lengths: Tensor, x: Tensor) -> Tensor:
+    """Each row's last token: `[*b, s, …] -> [*b, 1, …]`."""
+    axis = lengths.dim()
+    index = (lengths - 1).reshape(*lengths.shape, *(1,) * (x.dim() - axis))
+    return x.take_along_dim(index.expand(*lengths.shape, 1, *x.shape[axis + 1 :]), dim=axis)
 
 
 def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig) -> None:

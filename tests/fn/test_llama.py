@@ -63,3 +63,16 @@ def test_gradients_equal_llamas():
     expected = {name.removeprefix("model."): w.grad for name, w in theirs.named_parameters()}
     ours = named_leaves(torch.func.grad(fn.loss)(params, batch, config))
     assert_trees_close({k: ours[k] for k in sorted(ours)}, {k: expected[k] for k in sorted(expected)}, 1e-5)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_generation_equals_llamas(penalty):
+    config = small_config(mhc_enabled=False)
+    params, tokens = louder(fn.init(config)), random_batch(config, 3, 7).tokens
+    theirs = llama_with(config, params)
+    stop = fn.generate(params, tokens, config, max_new_tokens=12, repetition_penalty=penalty).tokens[1, 10].item()
+    how = dict(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=0, repetition_penalty=penalty)
+    expected = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, **how)
+    ours = fn.generate(params, tokens, config, max_new_tokens=12, stop_tokens=[stop], repetition_penalty=penalty)
+    assert torch.equal(ours.tokens[:, : expected.shape[1]], expected)
+    assert ours.lengths[1] <= 11

@@ -1,0 +1,205 @@
+"""Decoding equals the full forward, and what generate makes of it."""
+
+import pytest
+import torch
+from torch.utils import _pytree
+
+from rlm_mhc import fn
+from rlm_mhc.testing import TOLERANCE, largest_difference, small_config
+from rlm_mhc.testing.models import disturbed
+from rlm_mhc.tree import tree_leaves, tree_map
+from rlm_mhc.variants import PRESETS
+
+SHAPES = {name: dict(mhc_preset=name) for name in PRESETS} | {
+    "plain": dict(mhc_enabled=False),
+    "untied": dict(tie_embeddings=False, num_kv_heads=1),
+    "qwen": dict(qkv_bias=True, qk_norm=True, num_kv_heads=4),
+    "one stream": dict(mhc_flows=1, head_dim=6),
+}
+LENGTHS = torch.tensor([1, 7, 4])
+
+
+def model(dtype=torch.float32, **fields):
+    config = small_config(**fields)
+    params = disturbed(fn.init(config, dtype=dtype), 0.2)
+    return config, params, torch.randint(config.vocab_size, (3, 14), generator=torch.Generator().manual_seed(1))
+
+
+def prefilled(config, params, tokens, size=14):
+    empty = fn.init_cache(config, len(tokens), size, dtype=params.norm.weight.dtype)
+    return fn.prefill(params, tokens, config, empty, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decoding_rows_of_any_length_equals_the_full_forward_at_every_position(shape, dtype):
+    config, params, tokens = model(dtype, **SHAPES[shape])
+    full = fn.forward(params, tokens, config)
+    rows = torch.arange(3)
+    logits, cache = prefilled(config, params, tokens[:, :7])
+    for step in range(8):
+        at = LENGTHS + step
+        assert largest_difference(logits, full[rows, at - 1]) < TOLERANCE[dtype]
+        assert torch.equal(cache.lengths, at)
+        if step < 7:
+            logits, cache = fn.decode_step(params, tokens[rows, at], config, cache, donate=step % 2 == 1)
+
+
+def test_prefill_forgets_what_the_cache_held_and_does_not_read_padding():
+    config, params, tokens = model()
+    logits, cache = prefilled(config, params, tokens[:, :7])
+    padded = tokens[:, :7].where(torch.arange(7) < LENGTHS.unsqueeze(-1), 5)
+    again, other = fn.prefill(params, padded, config, cache, lengths=LENGTHS)
+    assert torch.equal(logits, again)
+    step, token = fn.decode_step, tokens[:, 0]
+    torch.testing.assert_close(step(params, token, config, cache)[0], step(params, token, config, other)[0])
+
+
+def test_nothing_given_is_changed_unless_donated():
+    config, params, tokens = model()
+    _, cache = prefilled(config, params, tokens[:, :7])
+    before = tree_map(torch.clone, (params, tokens, cache))
+    fn.decode_step(params, tokens[:, 0], config, cache)
+    fn.prefill(params, tokens[:, :7], config, cache, lengths=LENGTHS)
+    fn.generate(params, tokens[:, :7], config, max_new_tokens=3, lengths=LENGTHS, repetition_penalty=1.5)
+    assert all(map(torch.equal, tree_leaves((params, tokens, cache)), tree_leaves(before)))
+    _, donated = fn.decode_step(params, tokens[:, 0], config, cache, donate=True)
+    assert all(a is b for a, b in zip(donated.keys, cache.keys, strict=True))
+    assert not torch.equal(cache.keys[0], before[2].keys[0])
+
+
+def test_a_cache_is_a_pytree_of_fixed_size():
+    config, params, tokens = model()
+    _, cache = prefilled(config, params, tokens[:, :7])
+    _, after = fn.decode_step(params, tokens[:, 0], config, cache)
+    leaves, structure = _pytree.tree_flatten(cache)
+    assert len(leaves) == 2 * config.num_layers + 1
+    assert [leaf.shape for leaf in leaves] == [leaf.shape for leaf in _pytree.tree_leaves(after)]
+    again = _pytree.tree_unflatten(leaves, structure)
+    assert isinstance(again, fn.Cache)
+    assert torch.equal(
+        fn.decode_step(params, tokens[:, 1], config, again)[0], fn.decode_step(params, tokens[:, 1], config, cache)[0]
+    )
+
+
+def test_vmap_over_rows_is_the_batch():
+    config, params, tokens = model()
+    _, cache = prefilled(config, params, tokens[:, :7])
+    expected, after = fn.decode_step(params, tokens[:, 0], config, cache)
+    axes = (0, fn.Cache((0,) * config.num_layers, (0,) * config.num_layers, 0))
+    each, mapped = torch.func.vmap(lambda t, c: fn.decode_step(params, t, config, c), axes)(tokens[:, 0], cache)
+    torch.testing.assert_close(each, expected)
+    torch.testing.assert_close(mapped.keys[1], after.keys[1])
+
+
+def test_a_step_has_the_gradient_of_the_full_forward():
+    config, params, tokens = model(torch.float64)
+    empty = fn.init_cache(config, 3, 4, dtype=torch.float64)
+
+    def by_cache(p):
+        _, cache = fn.prefill(p, tokens[:, :3], config, empty)
+        return fn.decode_step(p, tokens[:, 3], config, cache)[0].sum()
+
+    grads = torch.func.grad(by_cache)(params)
+    expected = torch.func.grad(lambda p: fn.forward(p, tokens[:, :4], config)[:, -1].sum())(params)
+    for ours, theirs in zip(tree_leaves(grads), tree_leaves(expected), strict=True):
+        assert largest_difference(ours, theirs, 1.0) < 1e-9
+
+
+@pytest.mark.parametrize("preset", ["paper", "single_pass"])
+def test_generating_greedily_takes_the_likeliest_token_of_the_full_forward(preset):
+    config, params, tokens = model(mhc_preset=preset)
+    out = fn.generate(params, tokens[:, :7], config, max_new_tokens=6, lengths=LENGTHS)
+    assert out.tokens.shape == (3, 13)
+    assert torch.equal(out.lengths, LENGTHS + 6)
+    for row, start, end in zip(out.tokens, LENGTHS, out.lengths, strict=True):
+        assert torch.equal(row[:start], tokens[list(LENGTHS).index(start), :start])
+        expected = fn.forward(params, row[None, : end - 1], config)[0, start - 1 :].argmax(-1)
+        assert torch.equal(row[start:end], expected)
+        assert not row[end:].any()
+
+
+def test_a_row_ends_with_its_first_stop_token_and_the_others_go_on():
+    config, params, tokens = model()
+    free = fn.generate(params, tokens[:, :7], config, max_new_tokens=7, lengths=LENGTHS)
+    new = [row[start:].tolist() for row, start in zip(free.tokens, LENGTHS, strict=True)]
+    stops = [new[0][2], new[1][4]]
+    out = fn.generate(params, tokens[:, :7], config, max_new_tokens=7, lengths=LENGTHS, stop_tokens=stops)
+    for row, start, end, without in zip(out.tokens, LENGTHS, out.lengths, new, strict=True):
+        ended = [i + 1 for i, token in enumerate(without[:7]) if token in stops] + [7]
+        assert end - start == ended[0]
+        assert row[start:end].tolist() == without[: ended[0]]
+        assert not row[end:].any()
+    assert out.lengths[0] < free.lengths[0]
+    everything = range(config.vocab_size)
+    steps = fn.generate_steps(params, tokens[:, :7], config, max_new_tokens=7, stop_tokens=everything)
+    assert [drawn.counted.tolist() for drawn in steps] == [[True] * 3]
+
+
+def test_draws_are_those_of_the_generator():
+    config, params, tokens = model()
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        how = dict(temperature=1.5, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
+        return fn.generate(params, tokens, config, max_new_tokens=8, generator=generator, **how).tokens
+
+    state = torch.get_rng_state()
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_penalised_token_is_one_of_the_row_not_of_its_padding():
+    config, params, tokens = model()
+    rows = tokens[:, :7].where(torch.arange(7) < LENGTHS.unsqueeze(-1), 11)
+    out = fn.generate(params, rows, config, max_new_tokens=5, lengths=LENGTHS, repetition_penalty=50.0)
+    for row, start, end in zip(out.tokens, LENGTHS, out.lengths, strict=True):
+        for at in range(start, end):
+            logits = fn.forward(params, row[None, :at], config)[0, -1]
+            seen = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, row[:at], True)
+            assert row[at] == fn.filter_logits(logits, fn.Sampling(repetition_penalty=50.0), seen).argmax()
+
+
+def test_ids_beyond_a_tokenizers_are_not_drawn():
+    config, params, tokens = model()
+    out = fn.generate(params, tokens, config, max_new_tokens=20, vocab_size=3, repetition_penalty=1.1)
+    assert set(out.tokens[:, 14:].flatten().tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(max_new_tokens=51), "size=65 .*max_seq_len=64"),
+        (dict(max_new_tokens=3, cache_size=16), "room for 16"),
+        (dict(lengths=torch.tensor([1, 0, 3])), r"lengths=\[1, 0, 3\]"),
+        (dict(lengths=torch.tensor([1, 15, 3])), "from 1 to 14"),
+        (dict(stop_tokens=[3, 61]), r"stop_tokens=\[61\].* 0 to 60"),
+        (dict(vocab_size=62), "vocab_size=62"),
+        (dict(temperature=1.0), "generator"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(min_p=-0.1), "min_p=-0.1"),
+        (dict(top_k=0), "top_k=0"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0"),
+        (dict(top_kk=3), "top_k"),
+    ],
+)
+def test_a_wrong_value_is_named_before_anything_runs(how, message):
+    config, params, tokens = model()
+    with pytest.raises(ValueError, match=message):
+        fn.generate_steps(params, tokens, config, **(dict(max_new_tokens=2) | how))
+
+
+def test_a_cache_that_is_too_small_or_of_another_model_is_refused():
+    config, params, tokens = model()
+    with pytest.raises(ValueError, match="room for 1 to 13"):
+        fn.prefill(params, tokens, config, fn.init_cache(config, 3, 13))
+    with pytest.raises(ValueError, match=r"fn\.init_cache"):
+        fn.prefill(params, tokens, config, fn.init_cache(config, 2, 14))
+    with pytest.raises(ValueError, match="max_seq_len=64"):
+        fn.init_cache(config, 3, 65)
+    _, cache = fn.prefill(params, tokens, config, fn.init_cache(config, 3, 14))
+    with pytest.raises(ValueError, match="holds 14 tokens"):
+        fn.decode_step(params, tokens[:, 0], config, cache)
