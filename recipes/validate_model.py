@@ -11,6 +11,7 @@ import torch
 from rlm_mhc import ModelConfig, TrainConfig, fn, load_pretrained, save_pretrained
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.program.step import make_train_step
+from rlm_mhc.testing import largest_difference
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.tree import named_leaves, tree_map
 from rlm_mhc.validation import at_least, check, one_of, section
@@ -109,10 +110,12 @@ def mixed_precision(model: Subject) -> str:
 
 
 def sampling(model: Subject) -> str:
-    """Tokens drawn one by one by a full forward: valid, and the same for the same seed."""
+    """Tokens drawn one by one with a cache: valid, the same for the same seed; its logits those of a full forward."""
     first, second = draw(model), draw(model)
     require(first == second, f"one seed gave {first} and {second}")
     require(all(0 <= token < model.config.vocab_size for token in first), f"invalid tokens {first}")
+    error = decoding_error(model)
+    require(error < 1e-4, f"logits with a cache differ from those of a full forward by {error:.0e} of their largest")
     return f"{len(first)} tokens: {', '.join(map(str, first[:6]))} …"
 
 
@@ -138,12 +141,23 @@ def losses_of_five_steps(model: Subject, precision: str) -> list[float]:
 
 def draw(model: Subject) -> list[int]:
     """Eight tokens after the first of the batch."""
-    generator = torch.Generator(model.batch.tokens.device).manual_seed(model.seed)
-    window = model.batch.tokens[:1, :1]
-    for _ in range(8):
-        logits = fn.forward(model.params, window[:, -model.config.max_seq_len :], model.config)[:, -1]
-        window = torch.cat([window, fn.sample_token(logits, generator).unsqueeze(-1)], dim=-1)
-    return window[0, 1:].tolist()
+    first, config = model.batch.tokens[:1, :1], model.config
+    generator = torch.Generator(first.device).manual_seed(model.seed)
+    new = min(8, config.max_seq_len - 1)
+    drawn = fn.generate(model.params, first, config, max_new_tokens=new, temperature=1.0, generator=generator)
+    return drawn.tokens[0, 1:].tolist()
+
+
+def decoding_error(model: Subject) -> float:
+    """How far the logits of a last token read by `fn.decode_step` are from those of `fn.forward`."""
+    tokens, config = model.batch.tokens, model.config
+    if tokens.shape[1] < 2:
+        return 0.0
+    dtype = model.params.norm.weight.dtype
+    cache = fn.init_cache(config, len(tokens), tokens.shape[1], dtype=dtype, device=tokens.device)
+    _, cache = fn.prefill(model.params, tokens[:, :-1], config, cache)
+    logits, _ = fn.decode_step(model.params, tokens[:, -1], config, cache)
+    return largest_difference(logits, fn.forward(model.params, tokens, config)[:, -1])
 
 
 def require(holds: bool, otherwise: str) -> None:

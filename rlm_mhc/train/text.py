@@ -1,14 +1,16 @@
-"""Sample text of a model, by a full forward per token."""
+"""Text of a model."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.fn import LMParams, forward, sample_token
+from rlm_mhc.fn import LMParams, generate
+
+CONTEXT = 5
 
 
-@torch.no_grad()
 def sample_text(
     params: LMParams,
     config: ModelConfig,
@@ -20,15 +22,53 @@ def sample_text(
     top_k: int = 40,
     seed: int = 0,
 ) -> str:
-    """`prompt` and a continuation of at most `tokens` tokens, ending early at end of text; one forward per token."""
+    """`prompt` and a continuation of at most `tokens` tokens, ending early at end of text and where the model's
+    positions end."""
     device = params.norm.weight.device
+    ids = encode(tokenizer, prompt)
+    new = min(tokens, config.max_seq_len - len(ids))
+    if new < 1:
+        return prompt
     generator = torch.Generator(device).manual_seed(seed)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    window = torch.tensor([ids], device=device)
-    for _ in range(tokens):
-        logits = forward(params, window[:, -config.max_seq_len :], config)[:, -1, : len(tokenizer)]
-        token = sample_token(logits, generator, temperature=temperature, top_k=top_k)
-        if token.item() == tokenizer.eos_token_id:
+    out = generate(
+        params,
+        torch.tensor([ids], device=device),
+        config,
+        max_new_tokens=new,
+        stop_tokens=[tokenizer.eos_token_id],
+        generator=generator,
+        vocab_size=len(tokenizer),
+        temperature=temperature,
+        top_k=top_k,
+    )
+    return prompt + "".join(text_pieces(tokenizer, out.tokens[0, len(ids) : out.lengths[0]].tolist(), ids))
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a prompt, those of an empty one being end of text, after which a document begins."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+
+
+def text_pieces(tokenizer: Any, tokens: Iterable[int], before: list[int]) -> Iterator[str]:
+    """The text of tokens as it becomes known: a character whose bytes lie in several tokens comes with the last.
+
+    Args:
+        tokenizer: theirs.
+        tokens: ids, end of text being none of it.
+        before: what came before them: some tokenizers write a word differently at the start of a text.
+    """
+    ids, start, told = list(before), max(0, len(before) - CONTEXT), len(before)
+    for token in tokens:
+        if token == tokenizer.eos_token_id:
             break
-        window = torch.cat([window, token.unsqueeze(-1)], dim=-1)
-    return tokenizer.decode(window[0].tolist())
+        ids.append(token)
+        # What ends in the sign for bytes that are no character may become one with the next token.
+        if not tokenizer.decode(ids[start:]).endswith("�"):
+            yield _after(tokenizer, ids, start, told)
+            start, told = told, len(ids)
+    if told < len(ids):
+        yield _after(tokenizer, ids, start, told)
+
+
+def _after(tokenizer: Any, ids: list[int], start: int, told: int) -> str:
+    return tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:told])) :]

@@ -47,3 +47,21 @@ def test_the_first_step_alone_prints_seconds(recipe):
 
 def test_nonsense_is_one_line(recipe):
     assert "rounds=0" in recipe("benchmark", "rounds=0").last_error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_decoding_is_measured_beside_llama(recipe, tmp_path):
+    model = ["model.hidden_dim=32", "model.num_layers=1", "model.vocab_size=64", "model.mhc_flows=2"]
+    sizes = ["prompt=3", "new_tokens=4", "cache_size=8", "rounds=2", "device=cpu"]
+    result = recipe("benchmark", "decode", *model, *sizes, f"output_dir={tmp_path}")
+    assert result.code == 0, result.err
+    measured = json.loads((tmp_path / "benchmark_decode_cpu_32x1.json").read_text())
+    assert [row["name"] for row in measured["rows"]] == ["mHC", "no mHC", "transformers Llama, static cache"]
+    assert all(row["tokens_per_s"] > 0 for row in measured["rows"])
+    assert measured["rows"][2]["ratio_to_llama"] == 1
+    assert measured["command"].startswith("python recipes/benchmark.py decode model.hidden_dim=32")
+
+
+def test_a_cache_too_small_to_measure_in_is_one_line(recipe):
+    assert "cache_size=8: no room for" in recipe("benchmark_decode", "cache_size=8").last_error

@@ -1,0 +1,117 @@
+"""Text from a checkpoint in the terminal."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlm_mhc import ModelConfig, fn, load_pretrained, save_pretrained
+from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
+from rlm_mhc.testing.models import disturbed
+from rlm_mhc.train.text import encode, sample_text, text_pieces
+
+WORDS = "Ünïcödé 数学 🙂🧮 grows; so does the list of words. "
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model that has learnt nothing, and a tokenizer in which a character is one token or several."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = ModelConfig(hidden_dim=32, num_layers=1, num_heads=2, vocab_size=320, max_seq_len=64, mhc_flows=2)
+    save_pretrained(folder, disturbed(fn.init(config), 0.3), config)
+    documents = ["the list of words grows and the words of the list shrink " * 20]
+    train_tokenizer(Source("test", "a", lambda bad: iter(documents)), 300).save_pretrained(folder)
+    return folder
+
+
+def run(recipe, checkpoint, *arguments):
+    result = recipe("generate", f"checkpoint={checkpoint}", "device=cpu", *arguments)
+    assert result.code == 0, result.err
+    return result
+
+
+def test_text_is_that_of_generate_and_the_same_for_the_same_seed(recipe, checkpoint):
+    first = run(recipe, checkpoint, "prompt=the list", "max_new_tokens=20", "temperature=0")
+    tokenizer = load_tokenizer(str(checkpoint), 320)
+    params, config = load_pretrained(checkpoint)
+    ids = encode(tokenizer, "the list")
+    how = dict(stop_tokens=[tokenizer.eos_token_id], vocab_size=len(tokenizer))
+    out = fn.generate(params, torch.tensor([ids]), config, max_new_tokens=20, **how)
+    pieces = text_pieces(tokenizer, out.tokens[0, len(ids) :].tolist(), ids)
+    assert first.out == "the list" + "".join(pieces) + "\n"
+    how = ["prompt=the list", "max_new_tokens=20", "temperature=2", "top_k=100", "top_p=0.99", "min_p=0.001"]
+    drawn = [run(recipe, checkpoint, *how, f"seed={seed}").out for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_speed_of_prompt_and_decoding_is_told_apart_on_stderr(recipe, checkpoint):
+    result = run(recipe, checkpoint, "prompt=the list", "max_new_tokens=4", "temperature=0")
+    assert re.search(r"prompt of \d+ tokens at [\d.,]+ tokens/s, \d+ decoded at [\d.,]+ tokens/s", result.err)
+    assert "tokens/s" not in result.out
+
+
+def test_prompts_of_a_file_are_gone_on_with_one_after_the_other(recipe, checkpoint, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("the words\nof the list\n")
+    result = run(recipe, checkpoint, f"prompt_file={file}", "max_new_tokens=3", "repetition_penalty=1.3")
+    assert result.out.index("the words") < result.out.index("of the list")
+    assert result.err.count("tokens/s") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_compiled_text_is_the_same(recipe, checkpoint):
+    how = ["prompt=the list", "max_new_tokens=12", "temperature=0"]
+    assert run(recipe, checkpoint, *how, "compile=true").out == run(recipe, checkpoint, *how).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=/nowhere"], "/nowhere: no such checkpoint folder"),
+        (["checkpoint=''"], "checkpoint: give a folder"),
+        (["max_new_tokens=64"], "max_seq_len=64; at most 63 fit"),
+        (["top_p=2"], "top_p=2"),
+        (["temprature=1"], "did you mean 'temperature'"),
+        (["prompt=a", "prompt_file=b"], "give either"),
+        (["prompt_file=/nowhere.txt"], "/nowhere.txt: No such file"),
+    ],
+)
+def test_a_mistake_is_one_line(recipe, checkpoint, arguments, message):
+    result = recipe("generate", f"checkpoint={checkpoint}", "device=cpu", *arguments)
+    assert result.code == 2
+    assert message in result.last_error
+
+
+def test_characters_of_several_tokens_come_whole(checkpoint):
+    tokenizer = load_tokenizer(str(checkpoint), 320)
+    ids = encode(tokenizer, WORDS)
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids)
+    for cut in range(len(ids)):
+        before = tokenizer.decode(ids[:cut])
+        if not before.endswith("\ufffd"):
+            pieces = list(text_pieces(tokenizer, ids[cut:], ids[:cut]))
+            assert before + "".join(pieces) == WORDS
+            assert not any("\ufffd" in piece for piece in pieces)
+    # A text that ends within a character ends in the sign for that.
+    assert "".join(text_pieces(tokenizer, ids[:1], [])) == "\ufffd"
+    ended = [*encode(tokenizer, "list"), tokenizer.eos_token_id, *encode(tokenizer, "words")]
+    assert "".join(text_pieces(tokenizer, ended, [])) == "list"
+
+
+def test_sampled_text_stays_within_the_models_positions(checkpoint):
+    tokenizer = load_tokenizer(str(checkpoint), 320)
+    params, config = load_pretrained(checkpoint)
+    text = sample_text(params, config, tokenizer, "the list", tokens=500)
+    assert text.startswith("the list")
+    assert text == sample_text(params, config, tokenizer, "the list", tokens=500)
+    assert sample_text(params, config, tokenizer, WORDS * 4) == WORDS * 4
+
+
+def test_a_checkpoints_tokenizer_is_loaded_without_a_question(checkpoint, capfd):
+    load = f"load_tokenizer({str(checkpoint)!r}, 320)"
+    code = f"from rlm_mhc.data import load_tokenizer; print('trust_remote_code' in {load}.init_kwargs)"
+    subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=True, timeout=100)
+    assert capfd.readouterr().out == "False\n"
