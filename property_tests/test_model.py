@@ -50,6 +50,19 @@ def test_a_sequence_does_not_see_its_batch(config, length, seed):
     assert torch.allclose(together[0], fn.forward(params, tokens[0], config), atol=1e-11, rtol=0)
 
 
+@given(configs(), st.lists(st.integers(1, 6), min_size=1, max_size=3), st.booleans(), seeds)
+def test_decoding_rows_of_any_length_is_the_full_forward(config, lengths, donate, seed):
+    params, b, longest = lively(config, seed), len(lengths), max(lengths)
+    tokens, rows, at = random_batch(config, b, longest + 3, seed=seed).tokens, torch.arange(b), torch.tensor(lengths)
+    full, cache = fn.forward(params, tokens, config), fn.init_cache(config, b, longest + 3, dtype=torch.float64)
+    logits, cache = fn.prefill(params, tokens[:, :longest], config, cache, lengths=at, donate=donate)
+    for _ in range(3):
+        assert torch.allclose(logits, full[rows, at - 1], atol=1e-11, rtol=0)
+        logits, cache = fn.decode_step(params, tokens[rows, at], config, cache, donate=donate)
+        at = at + 1
+    assert torch.allclose(logits, full[rows, at - 1], atol=1e-11, rtol=0)
+
+
 @given(configs(mhc_enabled=True, num_layers=3).filter(lambda config: config.mhc_flows > 1), seeds)
 def test_every_mhc_weight_of_the_network_receives_a_gradient_at_init(config, seed):
     params, batch = fn.init(config, seed=seed, dtype=torch.float64), random_batch(config, 2, 8, seed=seed)
