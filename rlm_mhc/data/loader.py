@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlm_mhc.data.packing import Windows
+from rlm_mhc.data.packing import Rows
 from rlm_mhc.fn import Batch
 
 
@@ -20,15 +20,15 @@ class Position(NamedTuple):
 
 
 def next_batch(
-    data: Windows, position: Position, size: int, *, shuffle: bool = True, rank: int = 0, world: int = 1
+    data: Rows, position: Position, size: int, *, shuffle: bool = True, rank: int = 0, world: int = 1
 ) -> tuple[Batch, Position]:
     """A rank's `size` of the `size · world` sequences from a position on, and the position after all of them.
 
-    Within an epoch every window is drawn once; a batch may straddle epochs. The ranks' parts are disjoint and
+    Within an epoch every row is drawn once; a batch may straddle epochs. The ranks' parts are disjoint and
     together what one rank would draw.
 
     Raises:
-        ValueError: when there is no window, or the position lies outside the data.
+        ValueError: when there is no row, or the position lies outside the data.
 
     >>> from rlm_mhc.data.packing import windows
     >>> batch, position = next_batch(windows(np.arange(41), 4), Position(seed=0, offset=8), 4)
@@ -38,7 +38,7 @@ def next_batch(
     if data.total < 1:
         raise ValueError("the data holds fewer than two tokens, so there is nothing to predict")
     if not 0 <= position.offset < data.total:
-        raise ValueError(f"{position}: outside the data, which holds {data.total} windows")
+        raise ValueError(f"{position}: outside the data, which holds {data.total} rows")
     rows = []
     seed, epoch, offset = position
     for _ in range(size * world):
@@ -49,14 +49,14 @@ def next_batch(
     return _batch(data, rows[rank * size : (rank + 1) * size]), Position(seed, epoch, offset)
 
 
-def eval_batches(data: Windows, size: int, limit: int) -> Iterator[Batch]:
+def eval_batches(data: Rows, size: int, limit: int) -> Iterator[Batch]:
     """The same at most `limit` batches every time, spread evenly over the data."""
     chosen = np.unique(np.linspace(0, data.total - 1, min(data.total, size * limit)).round().astype(int))
     for start in range(0, len(chosen), size):
         yield _batch(data, chosen[start : start + size].tolist())
 
 
-def _batch(data: Windows, rows: list[int]) -> Batch:
+def _batch(data: Rows, rows: list[int]) -> Batch:
     pairs = [data.inputs_and_targets(row) for row in rows]
     tokens, targets = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
     return Batch(tokens, targets)

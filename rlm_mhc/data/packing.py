@@ -1,12 +1,28 @@
 """A stream of tokens as windows of `max_length + 1`, losing and repeating none."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from rlm_mhc.types import IGNORED_TARGET
 
-HELD_OUT_SHARE = 0.01
+HELD_OUT_EVERY = 100
+
+
+class Rows(Protocol):
+    """Sequences of one length by their number."""
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        ...
+
+    def inputs_and_targets(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row `index` as int64 inputs and targets."""
+        ...
+
+
+Split = TypeVar("Split", bound=Any)
 
 
 class Windows(NamedTuple):
@@ -30,11 +46,17 @@ class Windows(NamedTuple):
         """
         start = (self.first + index) * self.length
         window = np.asarray(self.tokens[start : start + self.length + 1], dtype=np.int64)
-        size = len(window) - 1
-        inputs = np.zeros(self.length, np.int64)
-        targets = np.full(self.length, IGNORED_TARGET, np.int64)
-        inputs[:size], targets[:size] = window[:-1], window[1:]
-        return inputs, targets
+        return padded(window[:-1], window[1:], self.length)
+
+
+def padded(inputs: np.ndarray, targets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both at that length, by token 0 and target -100 behind them: what attends to the past never sees that.
+
+    >>> padded(np.array([3]), np.array([4]), 2)
+    (array([3, 0]), array([   4, -100]))
+    """
+    missing = (0, length - len(inputs))
+    return np.pad(inputs, missing), np.pad(targets, missing, constant_values=IGNORED_TARGET)
 
 
 def windows(tokens: np.ndarray, length: int) -> Windows:
@@ -46,13 +68,13 @@ def windows(tokens: np.ndarray, length: int) -> Windows:
     return Windows(tokens, length, 0, max(0, -(-(len(tokens) - 1) // length)))
 
 
-def hold_out(whole: Windows) -> tuple[Windows, Windows]:
-    """Split off the last hundredth of the windows, at least one, for evaluation; with one window, nothing.
+def hold_out(whole: Split) -> tuple[Split, Split]:
+    """Split off the last hundredth of the rows, at least one, for evaluation; with one row, nothing.
 
     >>> train, held_out = hold_out(windows(np.arange(41), 4))
     >>> train.total, held_out.first
     (9, 9)
     """
-    size = max(1, round(whole.total * HELD_OUT_SHARE)) if whole.total > 1 else 0
+    size = max(1, round(whole.total / HELD_OUT_EVERY)) if whole.total > 1 else 0
     split = whole.total - size
     return whole._replace(total=split), whole._replace(first=whole.first + split, total=size)

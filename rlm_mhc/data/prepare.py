@@ -2,32 +2,31 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from rlm_mhc.data.packing import Windows, hold_out, windows
+from rlm_mhc.data.packing import HELD_OUT_EVERY, Rows, hold_out, windows
+from rlm_mhc.data.reuse import make_or_reuse, write_whole
 from rlm_mhc.data.sources import BadLines, Source
 from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
 from rlm_mhc.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from rlm_mhc.disk import replace_file, sync
 
-HELD_OUT_EVERY = 100
-META_FILE = "meta.json"
-FORMAT = 2
+FORMAT = 3
+TRAIN_FILE, EVAL_FILE = "train.bin", "eval.bin"
 
 
 class Prepared(NamedTuple):
-    """Windows to train on and to evaluate on (possibly none), the tokenizer they were made with, a fingerprint of the
-    training windows: where it is the same, so is each window; and the share of the lines read that were bad."""
+    """Rows to train on and to evaluate on (possibly none), the tokenizer they were made with, a fingerprint of the
+    training rows: where it is the same, so is each row; and the share of the lines read that were bad."""
 
-    train: Windows
-    evaluation: Windows
+    train: Rows
+    evaluation: Rows
     tokenizer: Any
     fingerprint: str
     bad_fraction: float = 0.0
@@ -69,16 +68,11 @@ def prepare(
     sources = [source.fingerprint, eval_source.fingerprint if eval_source else "held-out"]
     key = [FORMAT, *sources, tokenizer_fingerprint(made)]
     dtype = token_dtype(len(made))
-    meta = _read_meta(folder)
-    if not _written(folder, meta, key, dtype, bad):
-        meta = _write_tokens(folder, source, eval_source, made, dtype, bad) | {"key": key}
-        _write_whole(folder / META_FILE, json.dumps(meta, indent=2).encode())
-        origin = f"from {meta['documents']:,} documents"
-    else:
-        origin = f"reused from {folder}"
-    if meta["bad"]:
-        say(f"bad lines    {meta['bad']:,} of {meta['lines']:,} skipped")
-    train, evaluation = (windows(read_tokens(folder / f"{part}.bin", dtype), max_length) for part in ("train", "eval"))
+    write = partial(_write_tokens, source, eval_source, made, dtype, bad)
+    meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad)
+    origin = f"reused from {folder}" if reused else f"from {meta['documents']:,} documents"
+    say_bad_lines(meta, say)
+    train, evaluation = (windows(read_tokens(folder / name, dtype), max_length) for name in (TRAIN_FILE, EVAL_FILE))
     own = meta["train"] + (meta["eval"] if eval_source is None else 0)
     if own <= meta["documents"]:  # ends of text alone
         raise ValueError(f"{source.name}: it holds no text to train on")
@@ -86,13 +80,33 @@ def prepare(
         raise ValueError(f"{eval_source.name}: it holds no text to evaluate on")
     if evaluation.total < 1:
         train, evaluation = hold_out(train)
-    held_out = (
-        f"{evaluation.total:,} windows for eval/loss" if evaluation.total else "too few to hold any out: no eval/loss"
-    )
     tokens = meta["train"] + meta["eval"]
+    held_out = says_held_out(evaluation, "windows")
     say(f"tokens       {tokens:,} {origin}: {train.total:,} windows of {max_length} to train on, {held_out}")
-    fingerprint = hashlib.sha256(json.dumps([key, max_length, train.total]).encode()).hexdigest()[:16]
-    return Prepared(train, evaluation, made, fingerprint, meta["bad"] / max(meta["lines"], 1))
+    return Prepared(train, evaluation, made, digest([key, max_length, train.total]), bad_share(meta))
+
+
+def digest(content: Any) -> str:
+    """A fingerprint of JSON values."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def bad_share(meta: dict[str, Any]) -> float:
+    """Of the lines that were read."""
+    return meta["bad"] / max(meta["lines"], 1)
+
+
+def say_bad_lines(meta: dict[str, Any], say: Callable[[str], object]) -> None:
+    """Say how many there were, if any."""
+    if meta["bad"]:
+        say(f"bad lines    {meta['bad']:,} of {meta['lines']:,} skipped")
+
+
+def says_held_out(evaluation: Rows, what: str) -> str:
+    """In words."""
+    if not evaluation.total:
+        return "too few to hold any out: no eval/loss"
+    return f"{evaluation.total:,} {what} for eval/loss"
 
 
 def _tokenizer(
@@ -108,32 +122,28 @@ def _tokenizer(
     trained = train_tokenizer(source, vocab_size, bad)
     shutil.rmtree(home, ignore_errors=True)
     trained.save_pretrained(home)
-    _write_whole(key_file, key.encode())  # last: without it the folder does not count
+    write_whole(key_file, key.encode())  # last: without it the folder does not count
     return trained
 
 
 def _write_tokens(
-    folder: Path, source: Source, eval_source: Source | None, tokenizer: Any, dtype: np.dtype, bad: BadLines
+    source: Source,
+    eval_source: Source | None,
+    tokenizer: Any,
+    dtype: np.dtype,
+    bad: BadLines,
+    files: dict[str, BinaryIO],
 ) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / META_FILE).unlink(missing_ok=True)
     counts = {"documents": 0, "train": 0, "eval": 0}
-    parts = [folder / "train.bin", folder / "eval.bin"]
-    # A run that still maps the former files keeps them: they are replaced, not overwritten.
-    temporary = [part.with_name(part.name + ".tmp") for part in parts]
-    with temporary[0].open("wb") as train, temporary[1].open("wb") as evaluation:
-        for index, ids in enumerate(_encoded(source, tokenizer, dtype, "tokenizing", bad)):
-            held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            part, file = ("eval", evaluation) if held_out else ("train", train)
-            counts[part] += write_tokens(file, [ids])
-            counts["documents"] += 1
-        if eval_source is not None:
-            counts["eval"] = write_tokens(evaluation, _encoded(eval_source, tokenizer, dtype, "tokenizing eval", bad))
-    bad.finish()
-    for written, final in zip(temporary, parts, strict=True):
-        sync(written)
-        os.replace(written, final)
-    return counts | {"lines": bad.lines, "bad": bad.bad}
+    for index, ids in enumerate(_encoded(source, tokenizer, dtype, "tokenizing", bad)):
+        held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        part, name = ("eval", EVAL_FILE) if held_out else ("train", TRAIN_FILE)
+        counts[part] += write_tokens(files[name], [ids])
+        counts["documents"] += 1
+    if eval_source is not None:
+        encoded = _encoded(eval_source, tokenizer, dtype, "tokenizing eval", bad)
+        counts["eval"] = write_tokens(files[EVAL_FILE], encoded)
+    return counts
 
 
 def _encoded(source: Source, tokenizer: Any, dtype: np.dtype, what: str, bad: BadLines) -> Iterator[np.ndarray]:
@@ -141,24 +151,3 @@ def _encoded(source: Source, tokenizer: Any, dtype: np.dtype, what: str, bad: Ba
         for ids in encode_documents(source.read(bad), tokenizer, dtype):
             bar.update(len(ids))
             yield ids
-
-
-def _written(folder: Path, meta: dict[str, Any], key: list[Any], dtype: np.dtype, bad: BadLines) -> bool:
-    """Whether the token files are there, whole, of this key, and without more bad lines than are allowed now."""
-    if meta.get("key") != key:
-        return False
-    if meta["bad"] and (bad.strict or meta["bad"] > bad.max_fraction * meta["lines"]):
-        return False
-    files = ((folder / f"{part}.bin", meta[part] * dtype.itemsize) for part in ("train", "eval"))
-    return all(file.is_file() and file.stat().st_size == size for file, size in files)
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    replace_file(file, lambda path: path.write_bytes(content))

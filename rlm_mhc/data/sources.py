@@ -20,6 +20,10 @@ NAMED_BAD_LINES = 5
 LINES_TO_JUDGE_BY = 1000
 
 
+class SetupError(ValueError):
+    """What is wrong is not the line that was read but how all are to be read."""
+
+
 class BadLines:
     """Counts the lines of a source as they are read, skips the bad ones, and ends the reading where they are too many.
 
@@ -35,15 +39,16 @@ class BadLines:
         self.strict, self.max_fraction, self.say = strict, max_fraction, say
         self.lines, self.bad, self.first = 0, 0, ""
 
-    def skip(self, error: ValueError) -> None:
-        """Count a line that `error` says is bad.
+    def skip(self, error: ValueError, *, counted: bool = False) -> None:
+        """Count a line that `error` says is bad; `counted`: it is among the lines already, as a good one.
 
         Raises:
             ValueError: that error, where the source is read strictly; or that there are too many.
         """
         if self.strict:
             raise error
-        self.lines, self.bad, self.first = self.lines + 1, self.bad + 1, self.first or str(error)
+        self.lines += not counted
+        self.bad, self.first = self.bad + 1, self.first or str(error)
         if self.bad <= NAMED_BAD_LINES:
             self.say(f"bad line     {error}; skipped")
         if self.lines >= LINES_TO_JUDGE_BY:
@@ -63,12 +68,21 @@ class BadLines:
 
 
 class Source(NamedTuple):
-    """Documents that can be read again from the start: `name` for people, `fingerprint` changing with the content,
-    `read(bad)` an iterator of texts that tells bad lines to a `BadLines`."""
+    """Documents, or examples, that can be read again from the start: `name` for people, `fingerprint` changing with
+    the content, `read(bad)` an iterator of texts, or of what a `Parse` gives, that tells bad lines to a `BadLines`."""
 
     name: str
     fingerprint: str
-    read: Callable[[BadLines], Iterator[str]]
+    read: Callable[[BadLines], Iterator[Any]]
+
+
+class Parse(NamedTuple):
+    """What a JSON object stands for: `read(record, where)`, which raises a `ValueError` that begins with `where`;
+    what is `expected`, in errors; and a `key` that changes with the result."""
+
+    read: Callable[[dict[str, Any], str], Any]
+    expected: str
+    key: Any
 
 
 def builtin_source() -> Source:
@@ -98,27 +112,64 @@ def builtin_source() -> Source:
 
 
 def jsonl_source(path: str, text_field: str = "text", *, key: str = "data.train_path") -> Source:
-    """Documents from JSON lines, `{"<text_field>": "…"}` each, streamed.
+    """Documents from JSON lines, `{"<text_field>": "…"}` each, streamed; see `record_source`."""
+    return record_source(path, text_parse(text_field), key=key)
+
+
+def record_source(path: str, parse: Parse, *, key: str = "data.train_path") -> Source:
+    """What JSON lines stand for, streamed.
 
     Args:
         path: a file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), a folder of such files, or a glob.
-        text_field: the field that holds the text.
+        parse: what to make of a line.
         key: what the path is called in error messages.
 
     Raises:
         FileNotFoundError: when nothing matches the path.
         ValueError: while reading, on a file that cannot be read to its end, and as `BadLines` has it on a line that is
-            not a JSON object with that text.
+            not a JSON object that `parse` takes.
     """
     files = find_files(path, key)
     rows = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
 
-    def read(bad: BadLines) -> Iterator[str]:
+    def read(bad: BadLines) -> Iterator[Any]:
         for file in files:
-            yield from _read_file(file, text_field, bad)
+            yield from _read_file(file, parse, bad)
 
     name = files[0] if len(files) == 1 else f"{path} ({len(files)} files)"
-    return Source(name, _digest(["jsonl", text_field, rows]), read)
+    return Source(name, _digest(["jsonl", parse.key, rows]), read)
+
+
+def text_parse(field: str) -> Parse:
+    """The text in a field.
+
+    >>> text_parse("text").read({"text": "a"}, "line 1")
+    'a'
+    """
+
+    def read(record: dict[str, Any], where: str) -> str:
+        return string_field(record, field, where, "set data.text_field to the right one")
+
+    return Parse(read, f'{{"{field}": "…"}}', field)
+
+
+def string_field(record: dict[str, Any], field: str, where: str, remedy: str) -> str:
+    """The text in a field of a record.
+
+    Raises:
+        ValueError: beginning with `where`, when there is none.
+    """
+    if field not in record:
+        fields = ", ".join(map(repr, list(record)[:5])) or "none"
+        raise ValueError(f"{where}: no field '{field}' (fields: {fields}); {remedy}")
+    if not isinstance(record[field], str):
+        raise ValueError(f"{where}: field '{field}' is not a string but {type(record[field]).__name__}")
+    return whole_characters(record[field])
+
+
+def whole_characters(text: str) -> str:
+    """The text with the replacement character for each lone half of a surrogate pair, which is legal JSON, no text."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def find_files(path: str, key: str = "data.train_path") -> list[str]:
@@ -144,20 +195,23 @@ def find_files(path: str, key: str = "data.train_path") -> list[str]:
     return found
 
 
-def _read_file(file: str, text_field: str, bad: BadLines) -> Iterator[str]:
+def _read_file(file: str, parse: Parse, bad: BadLines) -> Iterator[Any]:
     number = 0
     for number, line in enumerate(_lines(file), start=1):
         if line is not None and not line.strip(b"\xef\xbb\xbf \t\r\n"):
             continue
+        where = f"{file}, line {number}"
         try:
-            text = _document(line, text_field, f"{file}, line {number}")
+            parsed = parse.read(_record(line, where, parse.expected), where)
+        except SetupError:
+            raise
         except ValueError as error:
             bad.skip(error)
             continue
         bad.lines += 1
-        yield text
+        yield parsed
     if number == 0:
-        raise ValueError(f'{file}: the file is empty; expected one JSON object per line, {{"{text_field}": "…"}}')
+        raise ValueError(f"{file}: the file is empty; expected one JSON object per line, {parse.expected}")
 
 
 def _lines(file: str) -> Iterator[bytes | None]:
@@ -192,7 +246,7 @@ def _open(file: str) -> IO[bytes]:
     return io.BufferedReader(frames)
 
 
-def _document(line: bytes | None, text_field: str, where: str) -> str:
+def _record(line: bytes | None, where: str, expected: str) -> dict[str, Any]:
     if line is None:
         raise ValueError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line")
     try:
@@ -204,16 +258,10 @@ def _document(line: bytes | None, text_field: str, where: str) -> str:
     except (ValueError, RecursionError) as error:
         if b"\0" in line:
             raise ValueError(f"{where}: binary data, not JSON; expected one JSON object per line") from None
-        raise ValueError(f'{where}: not JSON ({error}); expected {{"{text_field}": "…"}}') from None
+        raise ValueError(f"{where}: not JSON ({error}); expected {expected}") from None
     if not isinstance(record, dict):
-        raise ValueError(f'{where}: expected a JSON object {{"{text_field}": "…"}}, got {type(record).__name__}')
-    if text_field not in record:
-        fields = ", ".join(map(repr, list(record)[:5])) or "none"
-        raise ValueError(f"{where}: no field '{text_field}' (fields: {fields}); set data.text_field to the right one")
-    if not isinstance(record[text_field], str):
-        raise ValueError(f"{where}: field '{text_field}' is not a string but {type(record[text_field]).__name__}")
-    # A lone half of a surrogate pair is legal JSON but no text: it becomes the replacement character.
-    return record[text_field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        raise ValueError(f"{where}: expected a JSON object {expected}, got {type(record).__name__}")
+    return record
 
 
 def _digest(content: Any) -> str:

@@ -1,12 +1,13 @@
 """Documents as one memory-mapped file of token ids, each document followed by the end-of-text token."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 BATCH_CHARACTERS = 4_000_000
 
 
@@ -21,18 +22,25 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def encode_documents(texts: Iterable[str], tokenizer: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The ids of each document with end-of-text behind them; batches are encoded in parallel by `tokenizers`."""
-    for batch in _batches(texts):
-        encoded = tokenizer(
-            batch,
-            add_special_tokens=False,
-            # A document that spells a special token means its letters, not the token.
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        for ids in encoded["input_ids"]:
+    for batch in batches(texts, len):
+        # A document that spells a special token means its letters, not the token.
+        for ids in token_ids(batch, tokenizer, special=False):
             yield np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype)
+
+
+def token_ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    """The ids of each text by itself; `special`: where it spells a special token, that is meant."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=not special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
 
 
 def write_tokens(file: BinaryIO, documents: Iterable[np.ndarray]) -> int:
@@ -51,14 +59,15 @@ def read_tokens(path: str | os.PathLike, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
+def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of some four million characters, `size(item)` being those of one."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
