@@ -1,0 +1,155 @@
+"""Examples of their own: one to a row, so that none attends to another, and the loss on a part of each."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from rlm_mhc.data.instructions import Example
+from rlm_mhc.data.packing import HELD_OUT_EVERY, hold_out, padded
+from rlm_mhc.data.prepare import Prepared, bad_share, digest, say_bad_lines, says_held_out
+from rlm_mhc.data.reuse import make_or_reuse
+from rlm_mhc.data.sources import BadLines, Source
+from rlm_mhc.data.token_file import batches, read_tokens, token_dtype, token_ids
+from rlm_mhc.data.tokenizer import tokenizer_fingerprint
+from rlm_mhc.types import IGNORED_TARGET
+
+FORMAT = 1
+KINDS = ("bin", "counted", "lengths")
+COUNTED, LENGTHS = np.dtype(np.bool_), np.dtype(np.uint32)
+
+
+class Examples(NamedTuple):
+    """Example i is `tokens[ends[i-1] : ends[i]]`; `counted` says of each token whether the loss is on it.
+
+    Rows are padded on the right, to `length`. Packing several examples into one would waste less, and would let them
+    attend to one another.
+    """
+
+    tokens: np.ndarray
+    counted: np.ndarray
+    ends: np.ndarray
+    length: int
+    first: int
+    total: int
+
+    def inputs_and_targets(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Example `index` as int64 inputs and targets of `length`; what does not count is target -100.
+
+        >>> counted = np.array([False, False, True])
+        >>> Examples(np.array([5, 6, 7]), counted, np.array([3]), 4, 0, 1).inputs_and_targets(0)
+        (array([5, 6, 0, 0]), array([-100,    7, -100, -100]))
+        """
+        number = self.first + index
+        own = slice(self.ends[number - 1] if number else 0, self.ends[number])
+        tokens = np.asarray(self.tokens[own], dtype=np.int64)
+        targets = np.where(self.counted[own], tokens, IGNORED_TARGET)
+        return padded(tokens[:-1], targets[1:], self.length)
+
+
+def prepare_examples(
+    folder: Path,
+    source: Source,
+    eval_source: Source | None,
+    *,
+    tokenizer: Any,
+    max_length: int,
+    strict: bool = False,
+    max_bad_fraction: float = 0.01,
+    say: Callable[[str], object] = print,
+) -> Prepared:
+    """Tokenize examples into `folder`, or reuse what lies there from the same data and tokenizer.
+
+    Args:
+        folder: for the files.
+        source: of `Example`s, to train on.
+        eval_source: for evaluation; None holds out every hundredth of `source`, at least one where there are two.
+        tokenizer: a loaded one.
+        max_length: tokens per row; a longer example is cut at its end, and bad where nothing that counts is left.
+        strict: whether one bad line is an error; otherwise it is skipped, counted, and one of the first few named.
+        max_bad_fraction: the share of bad lines that is an error all the same.
+        say: receives one line per thing done.
+
+    Raises:
+        ValueError: on bad data, naming file and line, or when there is no example at all.
+    """
+    bad = BadLines(strict=strict, max_fraction=max_bad_fraction, say=say)
+    sources = [source.fingerprint, eval_source.fingerprint if eval_source else "held-out"]
+    key = ["examples", FORMAT, *sources, tokenizer_fingerprint(tokenizer), max_length]
+    write = partial(_write, source, eval_source, tokenizer, max_length, bad)
+    names = [f"{part}.{kind}" for part in ("train", "eval") for kind in KINDS]
+    meta, reused = make_or_reuse(folder, key, names, write, bad)
+    say_bad_lines(meta, say)
+    train, evaluation = (_read(folder, part, token_dtype(len(tokenizer)), max_length) for part in ("train", "eval"))
+    for given, made in ((source, train), (eval_source, evaluation)):
+        if given is not None and made.total < 1:
+            raise ValueError(f"{given.name}: it holds no example")
+    if evaluation.total < 1:
+        train, evaluation = hold_out(train)
+    origin = f"reused from {folder}" if reused else f"from {meta['train'] + meta['eval']:,} examples"
+    longest = max(np.diff(part.ends, prepend=0).max(initial=1) for part in (train, evaluation)) - 1
+    say(
+        f"tokens       {meta['tokens']:,} {origin}, {meta['counted']:,} of them counted: {train.total:,} to train on, "
+        f"rows of {max_length} tokens (the longest needs {longest}), {says_held_out(evaluation, 'examples')}"
+    )
+    if meta["cut"]:
+        say(f"cut          {meta['cut']:,} examples at data.max_length={max_length} tokens")
+    return Prepared(train, evaluation, tokenizer, digest([key, train.total]), bad_share(meta))
+
+
+def encode(
+    examples: Iterator[Example], tokenizer: Any, length: int, bad: BadLines
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Of each example the tokens, at most `length + 1`, which of them count, and whether it was cut.
+
+    Raises:
+        ValueError: as `BadLines` has it on an example without a target.
+    """
+    for batch in batches(examples, lambda example: sum(len(part.text) for part in example.segments)):
+        parts = [part for example in batch for part in example.segments]
+        ids = {
+            special: iter(token_ids([p.text for p in parts if p.special == special], tokenizer, special=special))
+            for special in (False, True)
+        }
+        for example in batch:
+            rows = [(token, part.counted) for part in example.segments for token in next(ids[part.special])]
+            cut = rows[: length + 1]
+            tokens, counted = (np.array([row[i] for row in cut]) for i in range(2))
+            if counted[1:].any():
+                used = int(np.flatnonzero(counted)[-1]) + 1
+                yield tokens[:used], counted[:used], len(rows) > length + 1
+                continue
+            what = f"none of the first {length} (data.max_length) of its {len(rows)} tokens is before one that counts"
+            bad.skip(ValueError(f"{example.where}: {what}; raise that, or shorten the prompt"), counted=True)
+
+
+def _write(
+    source: Source,
+    eval_source: Source | None,
+    tokenizer: Any,
+    length: int,
+    bad: BadLines,
+    files: dict[str, BinaryIO],
+) -> dict[str, Any]:
+    said = {"train": 0, "eval": 0, "tokens": 0, "counted": 0, "cut": 0}
+    dtype = token_dtype(len(tokenizer))
+    for given, kind in ((source, "train"), (eval_source, "eval")):
+        rows = encode(given.read(bad), tokenizer, length, bad) if given is not None else ()
+        for index, (tokens, counted, cut) in enumerate(tqdm(rows, desc="tokenizing", unit=" examples")):
+            held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            part = "eval" if held_out else kind
+            columns = (tokens.astype(dtype), counted.astype(COUNTED), np.array([len(tokens)], LENGTHS))
+            for name, column in zip(KINDS, columns, strict=True):
+                files[f"{part}.{name}"].write(column.tobytes())
+            for name, more in ((part, 1), ("tokens", len(tokens)), ("counted", int(counted.sum())), ("cut", int(cut))):
+                said[name] += more
+    return said
+
+
+def _read(folder: Path, part: str, dtype: np.dtype, length: int) -> Examples:
+    kinds = zip(KINDS, (dtype, COUNTED, LENGTHS), strict=True)
+    tokens, counted, lengths = (read_tokens(folder / f"{part}.{kind}", own) for kind, own in kinds)
+    return Examples(tokens, counted, np.cumsum(lengths, dtype=np.int64), length, 0, len(lengths))

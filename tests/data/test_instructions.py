@@ -1,0 +1,254 @@
+"""Prompts, completions and chats: what counts is exact to the token."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlm_mhc.data import (
+    BadLines,
+    Position,
+    Source,
+    chat_parse,
+    completion_parse,
+    eval_batches,
+    find_format,
+    next_batch,
+    prepare_examples,
+    record_source,
+    train_tokenizer,
+    with_template,
+)
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PLAIN = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "what is a row?"},
+    {"role": "assistant", "content": "a line of a matrix"},
+    {"role": "user", "content": "and a column?"},
+    {"role": "assistant", "content": "one across  "},
+]
+
+
+def words(bad):
+    return iter(["row column matrix stream what is a line of brief user assistant"] * 3)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(Source("words", "w", words), 290)
+
+
+@pytest.fixture
+def tokenizer(trained, tmp_path):
+    """One of its own for each test, with the marks of ChatML as tokens."""
+    trained.save_pretrained(tmp_path / "tokenizer")
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return own
+
+
+def written(folder, records):
+    file, content = folder / "data.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+    if not file.is_file() or file.read_text() != content:
+        file.write_text(content)
+    return str(file)
+
+
+def prepared(folder, records, parse, tokenizer, length=64, **options):
+    source = record_source(written(folder, records), parse)
+    said = options.pop("said", [])
+    return prepare_examples(
+        folder / "tokens", source, None, tokenizer=tokenizer, max_length=length, say=said.append, **options
+    )
+
+
+def counted_texts(rows, tokenizer):
+    """Of each example, the runs of tokens that count, decoded."""
+    texts = []
+    for index in range(rows.total):
+        inputs, targets = rows.inputs_and_targets(index)
+        assert inputs.shape == targets.shape == (rows.length,)
+        runs = np.split(targets, np.flatnonzero(np.diff(targets == -100)) + 1)
+        texts.append([tokenizer.decode(run.tolist()) for run in runs if run[0] != -100])
+        *known, _ = np.flatnonzero(targets != -100)
+        assert (targets[known] == inputs[np.array(known, int) + 1]).all()  # a target is the next input
+    return texts
+
+
+def test_completions_count_to_the_token_and_end_with_end_of_text(tmp_path, tokenizer):
+    # "rowcolumn" would be merged across the boundary, were it tokenized as one text.
+    records = [{"prompt": f"what is a row{i}", "completion": f"a line{i} <|endoftext|> 汉"} for i in range(3)]
+    data = prepared(tmp_path, records, completion_parse(tokenizer), tokenizer)
+    assert (data.train.total, data.evaluation.total) == (2, 1)
+    every = counted_texts(data.train, tokenizer) + counted_texts(data.evaluation, tokenizer)
+    assert every == [[f"a line{i} <|endoftext|> 汉<|endoftext|>"] for i in range(3)]
+    _, targets = data.train.inputs_and_targets(0)
+    assert (targets == tokenizer.eos_token_id).sum() == 1  # what spells the token is letters
+    inputs, _ = data.train.inputs_and_targets(0)
+    assert tokenizer.decode(inputs[inputs != 0].tolist()).startswith("what is a row0a line0")
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN, "chatml"])
+def test_chats_count_what_the_assistant_says(tmp_path, tokenizer, template):
+    if template != "chatml":
+        (tmp_path / "chat.jinja").write_text(template)
+    named = with_template(tokenizer, "chatml" if template == "chatml" else str(tmp_path / "chat.jinja"))
+    data = prepared(tmp_path, [{"messages": CHAT}], chat_parse(named), named, length=128)
+    end = "<|im_end|><|endoftext|>" if template == "chatml" else "<|im_end|>"
+    assert counted_texts(data.train, tokenizer) == [[f"a line of a matrix{end}", f"one across  {end}"]]
+    inputs, targets = data.train.inputs_and_targets(0)
+    whole = named.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    used = int(np.flatnonzero(targets != -100)[-1]) + 1
+    if template != "chatml":  # all as the template renders it, but the line break behind the last turn
+        assert [*inputs[:used], targets[used - 1]] == whole[:-1]
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in targets
+
+
+def test_marks_of_generation_agree_with_transformers_own_mask(tmp_path, tokenizer):
+    tokenizer.chat_template = MARKED
+    data = prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, length=128)
+    options = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = tokenizer.apply_chat_template(CHAT, **options)
+    inputs, targets = data.train.inputs_and_targets(0)
+    ids, mask = np.array(theirs["input_ids"]), np.array(theirs["assistant_masks"], dtype=bool)
+    assert (inputs[: len(ids) - 2] == ids[:-2]).all()
+    assert (targets[: len(ids) - 1] == np.where(mask, ids, -100)[1:]).all()
+
+
+def test_a_template_that_rewrites_the_past_is_refused_by_name(tmp_path, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if loop.last %}!{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"line 1: the chat template of .*tokenizer.*data\.chat_template=FILE"):
+        prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, max_bad_fraction=1.0)
+
+
+def test_templates_that_are_missing_or_broken_are_errors_with_a_remedy(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"no chat template.*data\.chat_template=chatml"):
+        with_template(tokenizer, None)
+    with pytest.raises(FileNotFoundError, match=r"data\.chat_template=nope"):
+        with_template(tokenizer, "nope")
+    tokenizer.chat_template = "{% for %}"
+    with pytest.raises(ValueError, match="is not Jinja"):
+        prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer)
+    tokenizer.chat_template = MARKED.replace("assistant", "model")
+    with pytest.raises(ValueError, match="marks nothing"):
+        prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, strict=True)
+
+
+COMPLETIONS = {
+    '{"prompt": 1, "completion": "a"}': "field 'prompt' is not a string but int",
+    '{"prompt": "a", "completion": ["b"]}': "field 'completion' is not a string but list",
+    '{"prompt": "a"}': "no field 'completion'",
+    '{"prompt": "a", "completion": ""}': "nothing to learn",
+    '{"text": "a"}': "one format",
+    "nonsense": 'not JSON.*"completion"',
+}
+CHATS = {
+    '{"messages": []}': "no list of messages",
+    '{"messages": "a"}': "no list of messages",
+    '{"messages": ["a"]}': r"messages\[0\] has no string 'role'",
+    '{"messages": [{"role": "user"}]}': r"messages\[0\] has no string",
+    '{"messages": [{"role": "user", "content": 1}]}': r"messages\[0\] has no string",
+    '{"messages": [{"role": "user", "content": "a"}]}': "no message has the role 'assistant'",
+    '{"messages": [{"role": "assistant", "content": "a"}]}': "cannot render",
+    '{"text": "a"}': "no field 'messages'",
+}
+
+
+@pytest.mark.parametrize(("kind", "line"), [("completion", x) for x in COMPLETIONS] + [("chat", x) for x in CHATS])
+def test_nonsense_is_named_with_file_and_line(tmp_path, tokenizer, kind, line):
+    tokenizer.chat_template = PLAIN
+    good = json.dumps({"prompt": "a", "completion": "b", "messages": CHAT})
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
+    parse = {"completion": completion_parse, "chat": chat_parse}[kind](tokenizer)
+    source = record_source(str(tmp_path / "bad.jsonl"), parse)
+    bad = BadLines(strict=False, max_fraction=1.0)
+    assert len(list(source.read(bad))) == 1
+    assert (bad.lines, bad.bad) == (2, 1)
+    with pytest.raises(
+        ValueError, match=rf"bad\.jsonl, line 2: .*{(COMPLETIONS if kind == 'completion' else CHATS)[line]}"
+    ):
+        list(source.read(BadLines()))
+
+
+def test_long_examples_are_cut_and_bad_where_nothing_counts_any_more(tmp_path, tokenizer):
+    records = [{"prompt": "zz" * n, "completion": "y" * 9} for n in (1, 3, 5)]
+    said = []
+    parse = completion_parse(tokenizer)
+    data = prepared(tmp_path, records, parse, tokenizer, length=8, max_bad_fraction=0.5, said=said)
+    assert data.bad_fraction == pytest.approx(1 / 3)
+    assert counted_texts(data.train, tokenizer) == [["y" * 7]]
+    assert counted_texts(data.evaluation, tokenizer) == [["y" * 3]]
+    assert said[0].startswith(f"bad line     {tmp_path / 'data.jsonl'}, line 3: none of the first 8")
+    assert "cut          2 examples at data.max_length=8 tokens" in said
+    again = []
+    assert prepared(tmp_path, records, parse, tokenizer, length=8, max_bad_fraction=0.5, said=again)[3] == data[3]
+    assert any("reused" in line for line in again)
+    assert prepared(tmp_path, records, parse, tokenizer, length=9, max_bad_fraction=0.5).fingerprint != data.fingerprint
+    with pytest.raises(ValueError, match="line 3"):
+        prepared(tmp_path, records, parse, tokenizer, length=8, strict=True)
+
+
+def test_every_hundredth_example_is_held_out(tmp_path, tokenizer):
+    records = [{"prompt": "a", "completion": f"{i}"} for i in range(250)]
+    data = prepared(tmp_path, records, completion_parse(tokenizer), tokenizer)
+    held_out = counted_texts(data.evaluation, tokenizer)
+    assert held_out == [["99<|endoftext|>"], ["199<|endoftext|>"]]
+    assert data.train.total == 248
+    one = prepared(tmp_path, records[:1], completion_parse(tokenizer), tokenizer)
+    assert (one.train.total, one.evaluation.total) == (1, 0)
+
+
+def test_the_loader_draws_each_example_once_and_evaluates_on_the_same(tmp_path, tokenizer):
+    data = prepared(
+        tmp_path, [{"prompt": "a", "completion": f"{i:03}"} for i in range(20)], completion_parse(tokenizer), tokenizer
+    )
+    batch, position = next_batch(data.train, Position(0), data.train.total)
+    assert position == Position(0, 1, 0)
+    assert len({tuple(row) for row in batch.targets.tolist()}) == data.train.total
+    first, again = (list(eval_batches(data.evaluation, 2, 4)) for _ in range(2))
+    assert all(bool((a.targets == b.targets).all()) for a, b in zip(first, again, strict=True))
+
+
+def test_a_beginning_of_text_that_the_tokenizer_writes_is_written(tmp_path, tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.convert_tokens_to_ids("<s>")
+    parse = completion_parse(tokenizer)
+    assert parse.read({"prompt": "a", "completion": "b"}, "").segments[0].text == "a"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    data = prepared(tmp_path, [{"prompt": "a", "completion": "b"}], completion_parse(tokenizer), tokenizer)
+    inputs, targets = data.train.inputs_and_targets(0)
+    assert (inputs[0], targets[0]) == (bos, -100)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ({"text": "a"}, "text"),
+        ({"prompt": "a", "completion": "b"}, "completion"),
+        ({"messages": CHAT, "text": "a"}, "chat"),
+        ({"prompt": "a", "completion": "b", "text": "ab"}, "completion"),
+    ],
+)
+def test_the_format_is_that_of_the_first_good_line(tmp_path, line, kind):
+    (tmp_path / "a.jsonl").write_text("nonsense\n" + '{"id": 1}\n' + json.dumps(line) + "\n")
+    assert find_format(str(tmp_path / "a.jsonl"), "text") == kind
+
+
+def test_a_file_of_no_format_says_what_was_expected(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no field 'text'.*prompt.*messages"):
+        find_format(str(tmp_path / "a.jsonl"), "text")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no line"):
+        find_format(str(tmp_path / "a.jsonl"), "text")
