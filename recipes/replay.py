@@ -13,43 +13,43 @@ from pathlib import Path
 
 import torch
 
-from rlm_mhc.checkpoint import load_run
+from rlm_mhc.checkpoint import describe_run
 from rlm_mhc.checkpoint.tensors import read_tensors
 from rlm_mhc.config import TrainConfig
-from rlm_mhc.fn import Batch, adamw_init
+from rlm_mhc.fn import Batch
 from rlm_mhc.program import make_train_step
 from rlm_mhc.program.precision import LossScale
-from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train import pick_device
 from rlm_mhc.train.command import fail
 from rlm_mhc.train.diagnose import find_offender
 from rlm_mhc.train.kernels import pick_kernels
 from rlm_mhc.train.output import CONFIG_FILE, read_config
 from rlm_mhc.train.save import BATCH_FILE
+from rlm_mhc.train.start import load_state
 
 
 def main(folder: Path, device_name: str) -> int:
     """Replay, print, and return 0 where the step came out as recorded."""
     device = pick_device(device_name)
     run = read_config(folder / CONFIG_FILE)
-    params, config, optimizer, saved, _ = load_run(folder, adamw_init, device)
-    if "bad_step" not in saved:
+    if "bad_step" not in describe_run(folder):
         raise ValueError(f"{folder}: a checkpoint, but not of a step to replay; those are under bad_steps")
+    state, saved, _, method = load_state(run, folder, device)
     recorded = {name: float(value) for name, value in saved["bad_step"].items()}
     batch = Batch(**read_tensors(folder / BATCH_FILE, device))
     training = _of_one_rank(run.training, saved["world"])
     scale: LossScale | tuple[()] = ()
     if "loss_scale" in recorded:
         scale = LossScale(torch.tensor(recorded["loss_scale"], device=device), torch.tensor(0, device=device))
-    state = resume_train_state(params, optimizer, saved["step"] - 1, scale)
-    kernels = pick_kernels(config, training, device)
-    _, metrics = make_train_step(config, training, kernels=kernels)(state, batch)
+    state = state._replace(step=state.step - 1, loss_scale=scale)
+    kernels = pick_kernels(run.model, training, device)
+    _, metrics = make_train_step(run.model, training, kernels=kernels)(state, batch)
     replayed = {name: metrics[name].item() for name in recorded}
 
     print(f"step {saved['step']}, {len(batch.tokens)} sequences of {batch.tokens.shape[1]} tokens, {device}")
     print(_table(recorded, replayed))
     norms = [value for name, value in replayed.items() if name.startswith("grad_norm/")]
-    print(find_offender(params, batch, config, training, norms))
+    print(find_offender(method.model_of(state.params), batch, run.model, training, norms))
     same = all(_same(recorded[name], replayed[name]) for name in recorded)
     print("reproduced: every number is as recorded" if same else "not reproduced: numbers differ from those recorded")
     return 0 if same else 1

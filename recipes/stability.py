@@ -143,7 +143,7 @@ def train_one(run: StabilityConfig, name: str, seed: int, step: Any, data: Prepa
         done.seconds.append(time.perf_counter() - start)
         if number % max(1, run.steps // run.probes) == 0 or number == run.steps:
             probe(done, number, state, config.model, data)
-    done.held_out = evaluate(state, config, data)
+    done.held_out = evaluate(state.params, config, data)
     return done
 
 

@@ -57,7 +57,7 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if Path(name).is_dir() and not any(Path(name).glob("*token*")) and not any(Path(name).glob("vocab*")):
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
         raise FileNotFoundError(f"data.tokenizer={name}: the folder holds no tokenizer files")
     try:
         # Without this a checkpoint that names its code would ask at the terminal whether to run it.
@@ -76,7 +76,7 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"data.tokenizer={name}: it has {len(tokenizer)} entries, more than model.vocab_size={vocab_size}; "
-            f"set model.vocab_size={len(tokenizer)}"
+            f"set model.vocab_size={len(tokenizer)}, or for a trained model give the tokenizer it was trained with"
         )
     return tokenizer
 
@@ -92,6 +92,11 @@ def _config_of_ours(folder: Path) -> dict[str, Any]:
         return {}
     ours = isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE
     return {"config": PretrainedConfig()} if ours else {}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files of a tokenizer."""
+    return any(folder.glob("*token*")) or any(folder.glob("vocab*"))
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn.optim import AdamWState, adamw_init
-from rlm_mhc.params import LMParams, init
+from rlm_mhc.params import init
 from rlm_mhc.program.precision import LossScale, init_loss_scale
+from rlm_mhc.tree import tree_leaves
 
 
 class TrainState(NamedTuple):
-    """`params` in fp32, the optimizer's moments, `step`: the number of steps done, skipped ones included, a 0-d int64
-    tensor, and for fp16 the scale of the loss."""
+    """`params`: what is trained, in fp32, as a rule all of the model; the optimizer's moments; `step`: the number of
+    steps done, skipped ones included, a 0-d int64 tensor; and for fp16 the scale of the loss."""
 
-    params: LMParams
+    params: Any
     optimizer: AdamWState
     step: Tensor
     loss_scale: LossScale | tuple[()] = ()
@@ -41,8 +42,6 @@ def init_train_state(
     return resume_train_state(params, adamw_init(params), 0, init_loss_scale(train_config.mixed_precision, device))
 
 
-def resume_train_state(
-    params: LMParams, optimizer: Any, step: int, loss_scale: LossScale | tuple[()] = ()
-) -> TrainState:
+def resume_train_state(params: Any, optimizer: Any, step: int, loss_scale: LossScale | tuple[()] = ()) -> TrainState:
     """The state after `step` updates, from its parts."""
-    return TrainState(params, optimizer, torch.tensor(step, device=params.norm.weight.device), loss_scale)
+    return TrainState(params, optimizer, torch.tensor(step, device=tree_leaves(params)[0].device), loss_scale)

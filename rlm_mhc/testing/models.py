@@ -14,14 +14,8 @@ from rlm_mhc.fn import Batch
 from rlm_mhc.tree import tree_map
 
 T = TypeVar("T")
-# A run of the main recipe that takes a moment on a CPU; what is named after it wins.
-SMALL_RUN = [
-    "model=tiny",
-    "model.hidden_dim=32",
-    "model.num_layers=2",
-    "model.vocab_size=300",
-    "model.max_seq_len=64",
-    "model.mhc_sinkhorn_iters=5",
+# Runs of recipes that take a moment on a CPU; what is named after it wins.
+SMALL_TRAINING = [
     "data.max_length=16",
     "training.batch_size=2",
     "training.gradient_accumulation_steps=2",
@@ -33,6 +27,15 @@ SMALL_RUN = [
     "training.eval_steps=2",
     "training.eval_batches=2",
     "device=cpu",
+]
+SMALL_RUN = [
+    "model=tiny",
+    "model.hidden_dim=32",
+    "model.num_layers=2",
+    "model.vocab_size=300",
+    "model.max_seq_len=64",
+    "model.mhc_sinkhorn_iters=5",
+    *SMALL_TRAINING,
 ]
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +14,19 @@ from rlm_mhc.validation import build, nearest
 T = TypeVar("T")
 
 
-def command(config_type: type[T], script: str, main: Callable[[T], int | None]) -> None:
+def command(
+    config_type: type[T],
+    script: str,
+    main: Callable[[T], int | None],
+    complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
     """Run `main(config)` with the config that Hydra composes for a recipe, and exit.
 
     Args:
         config_type: the validated dataclass that `main` receives.
         script: the recipe's `__file__`; its config is `configs/<name>.yaml` beside it.
         main: the recipe; what it returns is the exit code.
+        complete: what the config is built from, given the values that Hydra composed.
 
     A mistake of the user's ends with exit code 2 and `error: …` as the last line of stderr; `debug=true` adds the
     traceback. Whatever else goes wrong keeps its traceback.
@@ -42,7 +48,7 @@ def command(config_type: type[T], script: str, main: Callable[[T], int | None]) 
     try:
         compose()
         # More than one with --multirun; none where Hydra was asked for help or the config alone.
-        codes = [main(build(config_type, values)) or 0 for values in composed]
+        codes = [main(build(config_type, complete(values))) or 0 for values in composed]
         sys.exit(max(codes, default=0))
     except KeyboardInterrupt:
         fail("interrupted", 130, debug)

@@ -5,14 +5,13 @@ import torch
 from rlm_mhc import fn
 from rlm_mhc.data import Prepared, eval_batches
 from rlm_mhc.parallel import ALONE, Ranks, sum_over_ranks
-from rlm_mhc.params import cast
+from rlm_mhc.params import LMParams, cast
 from rlm_mhc.program.head import chunk_tokens, chunks
 from rlm_mhc.program.precision import COMPUTE_DTYPE
-from rlm_mhc.program.state import TrainState
 from rlm_mhc.train.run_config import RunConfig
 
 
-def evaluate(state: TrainState, run: RunConfig, data: Prepared, ranks: Ranks = ALONE) -> float | None:
+def evaluate(params: LMParams, run: RunConfig, data: Prepared, ranks: Ranks = ALONE) -> float | None:
     """Mean loss in nats over the held-out batches, the same ones every time; None where nothing is held out.
 
     Each rank takes its share of the batches.
@@ -20,7 +19,7 @@ def evaluate(state: TrainState, run: RunConfig, data: Prepared, ranks: Ranks = A
     if data.evaluation.total < 1:
         return None
     training, config = run.training, run.model
-    params = cast(state.params, config, COMPUTE_DTYPE[training.mixed_precision])
+    params = cast(params, config, COMPUTE_DTYPE[training.mixed_precision])
     device = params.norm.weight.device
     sums = torch.zeros(2, device=device, dtype=torch.float32)
     with torch.no_grad():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rlm_mhc.fn import Batch
+from rlm_mhc.fn import Batch, LMParams
 from rlm_mhc.train.diagnose import find_offender
+from rlm_mhc.train.method import FULL
 from rlm_mhc.train.run_config import RunConfig
 
 SMALLEST_LOSS_SCALE = 2.0**-10
@@ -37,12 +38,18 @@ class Guard:
         saved: `values()` of the checkpoint that the run goes on from.
         give_up: called with the last of too many bad steps in a row; returns where it was saved.
         speak: whether this rank says what it sees.
+        model_of: the model, from what is trained.
     """
 
     def __init__(
-        self, run: RunConfig, saved: Mapping[str, Any], give_up: Callable[[Any, BadStep], object], speak: bool
+        self,
+        run: RunConfig,
+        saved: Mapping[str, Any],
+        give_up: Callable[[Any, BadStep], object],
+        speak: bool,
+        model_of: Callable[[Any], LMParams] = FULL.model_of,
     ) -> None:
-        self.run, self.give_up, self.speak = run, give_up, speak
+        self.run, self.give_up, self.speak, self.model_of = run, give_up, speak, model_of
         self.skipped = int(saved.get("skipped", 0))
         self.spikes = int(saved.get("spikes", 0))
         self.in_a_row = int(saved.get("bad_in_a_row", 0))
@@ -108,7 +115,7 @@ class Guard:
     def _explain(self, state: Any, step: BadStep) -> None:
         training, values = self.run.training, step.values
         norms = [value for name, value in values.items() if name.startswith("grad_norm/")]
-        offender = find_offender(state.params, step.batch, self.run.model, training, norms)
+        offender = find_offender(self.model_of(state.params), step.batch, self.run.model, training, norms)
         self._say(
             f"step {step.number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}: not updated "
             f"({self.in_a_row} in a row, {training.max_bad_steps} end the run); {offender}"

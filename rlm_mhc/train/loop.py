@@ -58,15 +58,19 @@ def train(
         ValueError: when `training.max_bad_steps` steps in a row had no finite loss and gradient.
         OSError: when the last checkpoint could not be written; failures before it are told of.
     """
-    training, (state, position, seen, watched) = run.training, start
+    training, (state, position, seen, watched, method) = run.training, start
     first = int(state.step)
     seen -= first * plan.tokens_per_step
-    device = state.params.norm.weight.device
+    device = state.step.device
     session = _Session(log, report, run, plan) if log is not None else None
     warn_of_mhc = _HealthWarning(run) if ranks.is_first else lambda record: None
     speed = _Speed(plan)
-    saver = Saver(run, data, ranks)
-    guard = Guard(run, watched, saver.save_bad_step, speak=ranks.is_first)
+    saver = Saver(run, data, ranks, method)
+    guard = Guard(run, watched, saver.save_bad_step, ranks.is_first, method.model_of)
+    if first == 0 and run.evaluates_first:
+        loss = evaluate(method.model_of(state.params), run, data, ranks)
+        if session and loss is not None:
+            session.write(_without_nan({"step": 0, "tokens": 0, "eval/loss": loss}))
     with saver, _bar(training.max_steps, first, ranks) as bar:
         for number in range(first + 1, training.max_steps + 1):
             batch, position = next_batch(
@@ -89,7 +93,7 @@ def train(
                 record = _record(number, seen + number * plan.tokens_per_step, metrics) | guard.counts()
                 record |= {"data/bad_fraction": data.bad_fraction} | speed.read(number)
                 if evaluated:
-                    record["eval/loss"] = evaluate(state, run, data, ranks)
+                    record["eval/loss"] = evaluate(method.model_of(state.params), run, data, ranks)
                 record = _without_nan(record)
                 drawn = session.write(record) if session else False
                 warn_of_mhc(record)

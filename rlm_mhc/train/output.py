@@ -10,6 +10,7 @@ from rlm_mhc.checkpoint import checkpoints, newest_whole, recover, set_aside
 from rlm_mhc.checkpoint.config_files import YAML_FILE as CONFIG_FILE
 from rlm_mhc.checkpoint.config_files import read_yaml
 from rlm_mhc.disk import replace_file
+from rlm_mhc.train.finetune_config import FinetuneConfig
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.validation import build
 
@@ -83,8 +84,9 @@ def read_config(file: Path) -> RunConfig:
         ValueError: naming the file, when it is not the YAML of a config.
     """
     values = read_yaml(file)
+    kind = FinetuneConfig if isinstance(values, dict) and "checkpoint" in values else RunConfig
     try:
-        return build(RunConfig, values)
+        return build(kind, values)
     except ValueError as error:
         raise ValueError(f"{file}: not a config of this library ({' '.join(str(error).split())})") from None
 

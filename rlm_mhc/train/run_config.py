@@ -1,11 +1,15 @@
 """Everything a run is told on the command line, validated."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from rlm_mhc.config import ModelConfig, TrainConfig
-from rlm_mhc.data import Source, builtin_source, jsonl_source
+from rlm_mhc.data import Prepared, Source, builtin_source, jsonl_source, prepare
 from rlm_mhc.validation import at_least, between, check, one_of, positive, section
+
+# `read(folder for the token files, tokenizer, vocab_size)`.
+Reader = Callable[[Path, str, int], Prepared]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,30 @@ class DataConfig:
         if not self.eval_path:
             return train, None
         return train, jsonl_source(self.eval_path, self.text_field, key="data.eval_path")
+
+    def reader(self) -> Reader:
+        """Find the files now; what is returned reads them.
+
+        Raises:
+            FileNotFoundError: when there are none.
+            ValueError: when they are of no kind that can be read.
+        """
+        source, eval_source = self.sources()
+
+        def read(folder: Path, tokenizer: str, vocab_size: int) -> Prepared:
+            print(f"data         {source.name}", flush=True)
+            return prepare(
+                folder,
+                source,
+                eval_source,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                max_length=self.max_length,
+                strict=self.strict,
+                max_bad_fraction=self.max_bad_fraction,
+            )
+
+        return read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +125,16 @@ class RunConfig:
             raise ValueError("resume_from_checkpoint and resume=auto exclude each other: give one of them")
         if self.resume_optimizer is not None and not self.resume_from_checkpoint:
             raise ValueError(f"resume_optimizer={self.resume_optimizer}: only resume_from_checkpoint leaves it open")
+
+    @property
+    def evaluates_first(self) -> bool:
+        """Whether there is an evaluation before the first update, as step 0."""
+        return False
+
+    @property
+    def tokenizer(self) -> str:
+        """`auto`, or the path or name of a tokenizer."""
+        return self.data.tokenizer
 
     @property
     def token_folder(self) -> Path:

@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and its writing beside the training."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rlm_mhc.disk import sync
 from rlm_mhc.parallel import Ranks, gather
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.train.guard import BadStep, joined
+from rlm_mhc.train.method import FULL, Method
 from rlm_mhc.train.output import BAD_STEPS, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, write_config
 from rlm_mhc.train.run_config import RunConfig
 
@@ -27,8 +29,8 @@ class Saver:
     A checkpoint that cannot be written is told of, and the training goes on.
     """
 
-    def __init__(self, run: RunConfig, data: Prepared, ranks: Ranks) -> None:
-        self.run, self.data, self.ranks = run, data, ranks
+    def __init__(self, run: RunConfig, data: Prepared, ranks: Ranks, method: Method = FULL) -> None:
+        self.run, self.data, self.ranks, self.method = run, data, ranks, method
         self.writer = Writer(lambda line: tqdm.write(f"{line}; the training goes on, earlier checkpoints are whole"))
         self.newest = -1
 
@@ -41,10 +43,23 @@ class Saver:
         self.newest = number
         described = self._describe(state, position, tokens, watch)
         self.writer.wait()  # before there is another copy
-        params, optimizer = snapshot((state.params, state.optimizer))
+        trained, optimizer = snapshot((state.params, state.optimizer))
+        params = self.method.model_of(trained)
         folder = Path(self.run.output_dir)
-        job = partial(self._write, folder / CHECKPOINTS, params, optimizer, described, states, folder / METRICS_FILE)
-        self.writer.submit(job, f"{folder / CHECKPOINTS}/checkpoint-{number}")
+        saved = partial(
+            save_run,
+            folder / CHECKPOINTS,
+            params,
+            self.run.model,
+            optimizer,
+            described,
+            keep=self.run.training.save_total_limit,
+            generators=states,
+            extras=partial(self._extras, trained),
+        )
+        self.writer.submit(
+            partial(_after_metrics, folder / METRICS_FILE, saved), f"{folder / CHECKPOINTS}/checkpoint-{number}"
+        )
 
     def finish(self) -> None:
         """Wait for the last checkpoint.
@@ -66,25 +81,18 @@ class Saver:
             "step": step.number,
             "bad_step": {name: repr(value) for name, value in step.values.items()},
             "world": self.ranks.world,
+            **self.method.facts,
         }
 
         def extras(target: Path) -> None:
-            self._extras(target)
+            self._extras(state.params, target)
             write_tensors(target / BATCH_FILE, batch._asdict())
 
-        return save_run(folder, state.params, self.run.model, state.optimizer, described, keep=1, extras=extras)
+        params = self.method.model_of(state.params)
+        return save_run(folder, params, self.run.model, state.optimizer, described, keep=1, extras=extras)
 
-    def _write(
-        self, folder: Path, params: Any, optimizer: Any, described: dict[str, Any], states: list[Any], metrics: Path
-    ) -> None:
-        if metrics.exists():
-            sync(metrics)  # what a resumed run expects to find of the steps before
-        keep = self.run.training.save_total_limit
-        save_run(
-            folder, params, self.run.model, optimizer, described, keep=keep, generators=states, extras=self._extras
-        )
-
-    def _extras(self, folder: Path) -> None:
+    def _extras(self, trained: Any, folder: Path) -> None:
+        self.method.write(folder, trained)
         write_config(self.run, folder / CONFIG_FILE)
         self.data.tokenizer.save_pretrained(folder)
         write_generation_config(folder, self.data.tokenizer)
@@ -100,6 +108,7 @@ class Saver:
             "max_length": self.run.data.max_length,
             "watch": watch,
             "torch_version": torch.__version__,
+            **self.method.facts,
         }
         if state.loss_scale:
             described["loss_scale"] = {name: value.item() for name, value in state.loss_scale._asdict().items()}
@@ -111,3 +120,9 @@ class Saver:
 
     def __exit__(self, *error: Any) -> None:
         self.writer.__exit__(*error)
+
+
+def _after_metrics(metrics: Path, save: Callable[[], object]) -> None:
+    if metrics.exists():
+        sync(metrics)  # what a resumed run expects to find of the steps before
+    save()

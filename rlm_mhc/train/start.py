@@ -17,32 +17,45 @@ from rlm_mhc.checkpoint import (
 )
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
-from rlm_mhc.fn import LMParams, adamw_init
+from rlm_mhc.fn import adamw_init
 from rlm_mhc.parallel import ALONE, Ranks
 from rlm_mhc.program import TrainState, init_train_state
 from rlm_mhc.program.precision import LossScale, init_loss_scale
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.train.finetune_config import FinetuneConfig
+from rlm_mhc.train.method import FULL, Method
 from rlm_mhc.train.output import CONFIG_FILE, METRICS_FILE, read_config
 from rlm_mhc.train.run_config import RunConfig
-from rlm_mhc.tree import tree_map
 
 # What says how and where to run, not what.
 NOT_COMPARED = ("output_dir", "resume", "resume_from_checkpoint", "resume_optimizer", "overwrite", "debug")
 
 
 class Start(NamedTuple):
-    """State, position of the next sequence, tokens seen so far, and what the guard had counted."""
+    """State, position of the next sequence, tokens seen so far, what the guard had counted, and what of the model is
+    trained."""
 
     state: TrainState
     position: Position
     tokens: int = 0
     watched: dict[str, Any] = {}  # noqa: RUF012
+    method: Method = FULL
+
+
+class Loaded(NamedTuple):
+    """A checkpoint as a run of `method` goes on from it: its state, `trainer_state.json`, the generators by rank."""
+
+    state: TrainState
+    saved: dict[str, Any]
+    generators: list[dict[str, Any]]
+    method: Method
 
 
 def starting_point(
     run: RunConfig, checkpoint: Path | None, data: Prepared, device: torch.device, ranks: Ranks = ALONE
 ) -> Start:
-    """A fresh start; all of a checkpoint, so that the run is as one that never stopped; or its weights alone.
+    """A fresh start, for fine-tuning from the weights it names; all of a checkpoint, so that the run is as one that
+    never stopped; or its weights alone.
 
     The weights alone are taken from a folder that holds no more, and with `resume_from_checkpoint` where the data are
     others than the checkpoint's, or `resume_optimizer` says so. What was taken is printed.
@@ -53,6 +66,8 @@ def starting_point(
             was to go on with them; when what was consumed is not a whole number of steps of this run.
     """
     seed_generators(run.seed + ranks.rank)
+    if checkpoint is None and isinstance(run, FinetuneConfig):
+        return _with_weights(run, Path(run.checkpoint), device)
     if checkpoint is None:
         return Start(init_train_state(run.model, run.training, seed=run.seed, device=device), Position(run.seed))
     saved = describe_run(checkpoint) if is_run(checkpoint) else None
@@ -75,11 +90,26 @@ def starting_point(
     return _go_on(run, checkpoint, same_data, device, ranks)
 
 
+def load_state(run: RunConfig, checkpoint: Path, device: torch.device, *, verify: bool = True) -> Loaded:
+    """All of a checkpoint that a run like `run` left.
+
+    Raises:
+        FileNotFoundError: when a file of it is missing.
+        ValueError: when one is damaged, or it is of another model.
+    """
+    method = FULL
+    params, config, optimizer, saved, generators = load_run(
+        checkpoint, lambda params: adamw_init(method.read(checkpoint, params)), device, verify=verify
+    )
+    _require_shape(run, checkpoint, config)
+    trained = method.read(checkpoint, params)
+    state = resume_train_state(trained, optimizer, saved["step"], _loss_scale(run, saved, device))
+    return Loaded(state, saved, generators, method)
+
+
 def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.device, ranks: Ranks) -> Start:
     verified = run.resume == "auto"  # when it was chosen
-    params, config, optimizer, saved, generators = load_run(checkpoint, adamw_init, device, verify=not verified)
-    _require_shape(run, checkpoint, config)
-    state = resume_train_state(_masters(params), optimizer, saved["step"], _loss_scale(run, saved, device))
+    state, saved, generators, method = load_state(run, checkpoint, device, verify=not verified)
     if ranks.rank < len(generators):
         restore_generators(generators[ranks.rank])
     place = "place in the data" if same_data else "not the place in the data, which are others: they start anew"
@@ -90,7 +120,7 @@ def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.devi
     if saved.get("torch_version") != torch.__version__:
         print(f"             torch {saved.get('torch_version')} wrote it: the last bits may differ", flush=True)
     position = Position(**saved["position"]) if same_data else Position(run.seed)
-    return Start(state, position, saved.get("tokens", 0), saved.get("watch", {}))
+    return Start(state, position, saved.get("tokens", 0), saved.get("watch", {}), method)
 
 
 def _with_weights(run: RunConfig, checkpoint: Path, device: torch.device) -> Start:
@@ -102,15 +132,11 @@ def _with_weights(run: RunConfig, checkpoint: Path, device: torch.device) -> Sta
         )
     params, config = load_pretrained(checkpoint, device=device)
     _require_shape(run, checkpoint, config)
-    masters = _masters(params)
-    state = resume_train_state(masters, adamw_init(masters), 0, init_loss_scale(run.training.mixed_precision, device))
+    trained = FULL.read(checkpoint, params)
+    state = resume_train_state(trained, adamw_init(trained), 0, init_loss_scale(run.training.mixed_precision, device))
     taken = "weights and tokenizer" if run.data.tokenizer == "auto" else "weights"
     print(f"started from {checkpoint}: its {taken}; optimizer, schedule and data start anew", flush=True)
     return Start(state, Position(run.seed))
-
-
-def _masters(params: LMParams) -> LMParams:
-    return tree_map(lambda leaf: leaf.float(), params)
 
 
 def _require_shape(run: RunConfig, checkpoint: Path, config: ModelConfig) -> None:
@@ -138,7 +164,10 @@ def _require_line_up(run: RunConfig, saved: dict[str, Any], checkpoint: Path, wo
 
 def _print_changes(run: RunConfig, checkpoint: Path) -> None:
     """Say what differs from the config that the checkpoint was written with."""
-    before = dict(_flat(dataclasses.asdict(read_config(checkpoint / CONFIG_FILE))))
+    written = read_config(checkpoint / CONFIG_FILE)
+    if type(written) is not type(run):
+        raise ValueError(f"{checkpoint}: it is of a run of another recipe; choose another output_dir")
+    before = dict(_flat(dataclasses.asdict(written)))
     for name, value in _flat(dataclasses.asdict(run)):
         if before[name] != value and name not in NOT_COMPARED:
             print(f"changed      {name}: {before[name]} before, {value} now", flush=True)
