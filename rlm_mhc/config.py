@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from rlm_mhc import variants
-from rlm_mhc.validation import at_least, between, check, nearest, one_of, positive, section
+from rlm_mhc.validation import at_least, between, check, nearest, one_of, positive, section, some_of
 
 MODEL_TYPE = "rlm_mhc"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_dim=128, num_layers=6, num_heads=4, vocab_size=4096, max_seq_len=2048),
     "125m": dict(hidden_dim=768, num_layers=12, num_heads=12, vocab_size=50304, max_seq_len=2048),
@@ -234,6 +235,36 @@ class TrainConfig:
     def sequences_per_step(self) -> int:
         """Sequences that one device consumes per update."""
         return self.batch_size * self.gradient_accumulation_steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of that `rank` to the weights `targets` (`all`: every product of the layers), whose product counts
+    `alpha / rank` times; with `train_mhc` the weights of mHC are trained as well. Rank 0: no adapters, all weights are
+    trained.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+
+    >>> LoraConfig(rank=8, targets=["q_proj", "v_proj"]).scale
+    2.0
+    """
+
+    rank: int = at_least(0, 0)
+    alpha: float = positive(16.0)
+    targets: tuple[str, ...] = some_of(*LORA_TARGETS)
+    train_mhc: bool = True
+
+    def __post_init__(self) -> None:
+        check(self)
+        unused = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if not self.rank and unused:
+            raise ValueError(f"{unused[0]}={getattr(self, unused[0])}: of no effect with rank=0; set the rank too")
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`."""
+        return self.alpha / self.rank
 
 
 def _derived(config: ModelConfig) -> dict[str, Any]:

@@ -35,6 +35,11 @@ def one_of(*allowed: str, later: Iterable[str] = (), optional: bool = False) -> 
     return dataclasses.field(default=default, metadata={"names": allowed, "later": tuple(later)})
 
 
+def some_of(*allowed: str) -> Any:
+    """A field of a list of names, at least one, each once, in the order of `allowed`; `all`, the default, is all."""
+    return dataclasses.field(default=allowed, metadata={"some": allowed})
+
+
 def section(cls: type[T]) -> T:
     """A nested config with its own defaults; a mapping given in its place is converted."""
     return dataclasses.field(default_factory=cls, metadata={"section": cls})
@@ -62,6 +67,9 @@ def check(config: Any, prefix: str = "") -> None:
         if cls := field.metadata.get("section"):
             if not isinstance(value, cls):
                 object.__setattr__(config, field.name, build(cls, value, name + "."))
+            continue
+        if allowed := field.metadata.get("some"):
+            object.__setattr__(config, field.name, _some(name, value, allowed))
             continue
         value = _typed(name, value, hints[field.name])
         object.__setattr__(config, field.name, value)
@@ -101,6 +109,18 @@ def _check_rule(name: str, value: Any, rule: Mapping[str, Any]) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(math.isfinite(x) and rule["holds"](x) for x in numbers):
             raise ValueError(f"{name}={value!r}: expected {rule['allowed']}")
+
+
+def _some(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    if value == "all":
+        return allowed
+    chosen = [] if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable) else list(value)
+    if not chosen:
+        raise ValueError(f"{name}={value!r}: expected all, or a list of {', '.join(allowed)}")
+    for item in chosen:
+        if item not in allowed:
+            raise ValueError(f"{name}={value!r}: expected some of {', '.join(allowed)}{nearest(str(item), allowed)}")
+    return tuple(item for item in allowed if item in chosen)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -12,6 +12,7 @@ from rlm_mhc.fn.generate import Decoder, Drawn, Generated, generate, generate_st
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
+from rlm_mhc.fn.lora import Adapter, LoraParams, lora_init, lora_merge
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
 from rlm_mhc.fn.mhc import (
     EarlyPre,
@@ -36,6 +37,7 @@ from rlm_mhc.params import LMParams, MHCHead, MHCParams, cast, count, decay_mask
 __all__ = [
     "REFERENCE",
     "AdamWState",
+    "Adapter",
     "Backbone",
     "Batch",
     "BlockOutput",
@@ -46,6 +48,7 @@ __all__ = [
     "Generated",
     "Kernels",
     "LMParams",
+    "LoraParams",
     "MHCHead",
     "MHCMappings",
     "MHCParams",
@@ -82,6 +85,8 @@ __all__ = [
     "init",
     "init_cache",
     "linear",
+    "lora_init",
+    "lora_merge",
     "loss",
     "mhc_aggregate",
     "mhc_combine",

@@ -56,10 +56,12 @@ def make_functions(
     flat: bool = True,
     compiled: bool = False,
     announce: Announce | None = None,
+    reads: tuple[str, ...] | None = None,
 ) -> Functions:
     """The functions of a model, compiled where asked for.
 
-    With `flat` the gradient of a block is one vector, in the order of its weights; without, a tuple of them.
+    With `flat` the gradient of a block is one vector, in the order of its weights; without, a tuple of them. Where
+    `reads` is given, a block's gradients are those of these weights alone, and the head's those of `head_mhc` alone.
     `announce(number, of, name)` is called before each is compiled, which happens at its first call. What is compiled
     serves one shape: make new functions for another.
     """
@@ -76,7 +78,7 @@ def make_functions(
 
     def backward(weights: Weights, hidden: Any, kept: Any, cotangent: Any) -> tuple[Any, Any]:
         grads, cotangent = block.backward(weights, hidden, kept, cotangent)
-        parts = tuple(widen(grads[name]) for name in weights if name in grads)
+        parts = tuple(widen(grads[name]) for name in weights if name in (grads if reads is None else reads))
         if flat:
             parts = (torch.cat([part.reshape(-1) for part in parts]),)
         return parts, _contiguous(cotangent)
@@ -84,13 +86,15 @@ def make_functions(
     def head_chunk(
         top: tuple[Tensor, ...], hidden: Any, targets: Tensor, scale: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
-        def loss(top: tuple[Tensor, ...], hidden: Any) -> Tensor:
-            norm, matrix, *of_head = top
+        fixed = top[: 0 if reads is None else 2]
+
+        def loss(trained: tuple[Tensor, ...], hidden: Any) -> Tensor:
+            norm, matrix, *of_head = fixed + trained
             head_mhc = MHCHead(*of_head) if of_head else ()
             params = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix), head_mhc)
             return scale * token_loss_sum(head(params, hidden, config, kernels), targets)
 
-        (g_top, g_hidden), value = torch.func.grad_and_value(loss, argnums=(0, 1))(top, hidden)
+        (g_top, g_hidden), value = torch.func.grad_and_value(loss, argnums=(0, 1))(top[len(fixed) :], hidden)
         return value, g_top, _contiguous(g_hidden)
 
     def replay(hidden: Any, kept: Any) -> Any:

@@ -12,21 +12,23 @@ from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.lm import positions, require_kind
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.norm import widen
-from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Announce, Functions, make_functions, stored_every
 from rlm_mhc.program.microbatch import run_microbatch
 from rlm_mhc.program.monitors import Sampled
-from rlm_mhc.tree import named_leaves, rebuild, size, tree_map, unravel
+from rlm_mhc.program.parametrization import Parametrization
+from rlm_mhc.program.stage import Weights
+from rlm_mhc.tree import named_leaves, ravel, rebuild, size, tree_leaves, tree_map, unravel
 
 Reduce = Callable[[Tensor], Any]
 
 
 class Gradients(NamedTuple):
-    """`scale ×` the sum of token losses; its gradient; the tensors that this consists of, by layer and then those of
-    the rest, which are fewer than its leaves where those are views of one vector; and what is monitored."""
+    """`scale ×` the sum of token losses; its gradient, in the structure of what is trained; the tensors that this
+    consists of, by layer and then those of the rest, which are fewer than its leaves where those are views of one
+    vector; and what is monitored."""
 
     loss: Tensor
-    grads: LMParams
+    grads: Any
     parts: list[list[Tensor]]
     sampled: Sampled
 
@@ -39,41 +41,50 @@ def make_gradients(
     remat: str = "none",
     compiled: bool = False,
     announce: Announce | None = None,
-) -> Callable[[LMParams, Sequence[Batch], Tensor], Gradients]:
-    """`gradients(params, microbatches, scale)`: of `scale · Σ token losses` by every parameter, in fp32 or wider.
+    parametrization: Parametrization | None = None,
+) -> Callable[[Any, Sequence[Batch], Tensor], Gradients]:
+    """`gradients(trained, microbatches, scale)`: of `scale · Σ token losses` by every weight, in fp32 or wider.
+
+    What is trained is the model's parameters, or what a `parametrization` makes them of. Then a layer's weights are
+    made when it is run, once forward and once backward, and the gradients of them are pulled back when it is done.
 
     With `reduce` the gradient of a layer, summed over the microbatches, is one flat vector, and `reduce(vector)` is
     called while the layers before are still in backward, and for the rest at the end; it returns a vector, or a
     handle whose `wait()` does.
     """
     flat, period = reduce is not None, stored_every(config, remat)
+    reads = parametrization.reads if parametrization else None
 
     @cache
     def functions(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Functions:
-        return make_functions(config, kernels, remat, flat=flat, compiled=compiled, announce=announce)
+        joined = flat and parametrization is None
+        return make_functions(config, kernels, remat, flat=joined, compiled=compiled, announce=announce, reads=reads)
 
-    def gradients(params: LMParams, microbatches: Sequence[Batch], scale: Tensor) -> Gradients:
+    def gradients(trained: Any, microbatches: Sequence[Batch], scale: Tensor) -> Gradients:
+        params = parametrization.top(trained) if parametrization else trained
         require_kind(params, config)
         matrix, tokens = params.embed_tokens.weight, microbatches[0].tokens
         run = functions(tokens.shape, matrix.dtype, matrix.device)
-        cos, sin = positions(tokens, config)
-        layers = [named_leaves(layer) | {"cos": cos, "sin": sin} for layer in params.layers]
-        top = params._replace(layers=())
+        weights = _weights(parametrization, trained, positions(tokens, config))
+        top = trained._replace(layers=())
         top_sum = torch.zeros(size(top), dtype=widen(matrix[:0]).dtype, device=matrix.device)
-        sums: list[Any] = [None] * len(layers)
+        count = len(trained.layers)
+        sums: list[Any] = [None] * count
+        pull = partial(_pull, parametrization, trained, flat) if parametrization else _same
         losses, monitored = [], []
         for number, batch in enumerate(microbatches):
             done = reduce if number == len(microbatches) - 1 else None
-            add = partial(_add, sums, done)
-            loss, sampled = run_microbatch(run, params, layers, batch, scale, unravel(top_sum, top), add, period)
+            add = partial(_add, sums, pull, done)
+            into = unravel(top_sum, top)
+            loss, sampled = run_microbatch(run, params, weights, count, batch, scale, into, add, period)
             losses.append(loss)
             monitored.append(sampled)
-        sums.append([top_sum if reduce is None else reduce(top_sum)])
+        sums.append([top_sum if reduce is None else reduce(top_sum)] if len(top_sum) else [])
         parts = [[wait(part) for part in of_layer] for of_layer in sums]
-        grads = unravel(parts[-1][0], top)._replace(
+        grads = unravel(parts[-1][0] if parts[-1] else top_sum, top)._replace(
             layers=tuple(
                 unravel(own[0], layer) if flat else rebuild(layer, iter(own))
-                for own, layer in zip(parts[:-1], params.layers, strict=True)
+                for own, layer in zip(parts[:-1], trained.layers, strict=True)
             )
         )
         sampled = tree_map(lambda *tokens: torch.cat(tokens), *monitored)
@@ -87,8 +98,39 @@ def wait(vector: Any) -> Tensor:
     return vector.wait() if hasattr(vector, "wait") else vector
 
 
-def _add(sums: list[Any], reduce: Reduce | None, index: int, grads: tuple[Tensor, ...]) -> None:
+def _weights(
+    parametrization: Parametrization | None, trained: Any, rotary: tuple[Tensor, Tensor]
+) -> Callable[[int], Weights]:
+    """A layer's weights by its number: all at hand, or made when they are asked for."""
+    fixed = dict(zip(("cos", "sin"), rotary, strict=True))
+    if parametrization is None:
+        return [named_leaves(layer) | fixed for layer in trained.layers].__getitem__
+    make = parametrization.layer
+    return lambda index: named_leaves(make(trained, index)) | fixed
+
+
+def _same(index: int, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return grads
+
+
+def _pull(
+    parametrization: Parametrization, trained: Any, flat: bool, index: int, grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients of what is trained of a layer, from those of its weights."""
+    named = dict(zip(parametrization.reads, grads, strict=True))
+    pulled = parametrization.pull(trained, index, named)
+    return (ravel(pulled),) if flat else tuple(tree_leaves(pulled))
+
+
+def _add(
+    sums: list[Any],
+    pull: Callable[[int, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    reduce: Reduce | None,
+    index: int,
+    grads: tuple[Tensor, ...],
+) -> None:
     """Add a layer's gradients to its sum, and begin to reduce it where this is the last microbatch."""
+    grads = pull(index, grads)
     if sums[index] is None:
         sums[index] = grads
     else:

@@ -27,7 +27,7 @@ def chunk_tokens(tokens: int, vocab_size: int, device: str) -> int:
 
 
 def run_head(
-    head: Callable[..., Any], params: LMParams, into: LMParams, hidden: Any, targets: Tensor, scale: Tensor
+    head: Callable[..., Any], params: LMParams, into: Any, hidden: Any, targets: Tensor, scale: Tensor
 ) -> tuple[Tensor, Any]:
     """`scale ·` the sum of the losses, and the cotangent of `hidden`; other gradients are added to the tree `into`.
 
@@ -36,14 +36,12 @@ def run_head(
     Args:
         head: of `Functions`.
         params: the model's.
-        into: gradients of what is not a layer.
+        into: gradients of what is not a layer: an `LMParams`, or where less is trained a tree with `head_mhc` alone.
         hidden: tensors `[b, s, …]`.
         targets: `[b, s]`.
         scale: 0-d.
     """
-    top, sinks = (
-        (tree.norm.weight, (tree.lm_head or tree.embed_tokens).weight, *tree.head_mhc) for tree in (params, into)
-    )
+    top, sinks = _top(params), _top(into)
     wanted_of = targets.flatten()
     size = chunk_tokens(len(wanted_of), len(top[1]), targets.device.type)
     losses, cotangents = [], []
@@ -60,6 +58,12 @@ def run_head(
         del grads, g_rows  # before the next chunk's are made
     whole = cotangents[0] if len(cotangents) == 1 else tree_map(lambda *parts: torch.cat(parts), *cotangents)
     return torch.stack(losses).sum(), tree_map(lambda g, x: g.view(x.shape), whole, hidden)
+
+
+def _top(tree: Any) -> tuple[Tensor, ...]:
+    if not isinstance(tree, LMParams):
+        return tuple(tree.head_mhc)
+    return (tree.norm.weight, (tree.lm_head or tree.embed_tokens).weight, *tree.head_mhc)
 
 
 def chunks(hidden: Any, size: int) -> list[Any]:

@@ -1,6 +1,6 @@
 """One microbatch: embed, blocks, head, and back, each tensor freed when nothing reads it any more."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from rlm_mhc.program.stage import Weights
 def run_microbatch(
     run: Functions,
     params: LMParams,
-    layers: Sequence[Weights],
+    weights: Callable[[int], Weights],
+    count: int,
     batch: Batch,
     scale: Tensor,
-    into: LMParams,
+    into: Any,
     add: Callable[[int, Any], object],
     period: int,
 ) -> tuple[Tensor, Sampled]:
@@ -29,11 +30,12 @@ def run_microbatch(
 
     Args:
         run: the model's functions.
-        params: the model's.
-        layers: each layer's weights by name.
+        params: the model's; its layers are not looked at.
+        weights: of a layer by its number, by name.
+        count: how many layers there are.
         batch: tokens and targets `[b, s]`.
         scale: 0-d.
-        into: the gradients of what is not a layer are added to it.
+        into: the gradients of what is not a layer are added to it; see `run_head`.
         add: called as `add(index, gradients)` when those of a layer are complete, from the last layer to the first.
         period: of `stored_every`.
     """
@@ -41,20 +43,22 @@ def run_microbatch(
     kept: dict[int, Any] = {}
     sampled: list[Sampled] = []
     hidden = run.embed(params.embed_tokens.weight, batch.tokens)
-    for index, weights in enumerate(layers):
+    for index in range(count):
         if index % period == 0:
             states[index] = hidden
-        hidden, kept[index], of_layer = run.forward(weights, hidden)
+        hidden, kept[index], of_layer = run.forward(weights(index), hidden)
         sampled.append(of_layer)
     loss, cotangent = run_head(run.head, params, into, hidden, batch.targets, scale)
     del hidden
-    for index in reversed(range(len(layers))):
+    for index in reversed(range(count)):
         if index not in states:
             for i in range(index // period * period, index):
                 states[i + 1] = run.replay(states[i], kept[i])
-        grads, cotangent = run.backward(layers[index], states.pop(index), kept.pop(index), cotangent)
+        grads, cotangent = run.backward(weights(index), states.pop(index), kept.pop(index), cotangent)
         add(index, grads)
         del grads
+    if not isinstance(into, LMParams):
+        return loss, join(sampled)
     # A token may occur thousands of times: its rows are summed in fp32, in any precision.
     streams = streams_of(cotangent)
     wide = torch.promote_types(streams.dtype, torch.float32)

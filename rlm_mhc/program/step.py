@@ -16,6 +16,7 @@ from rlm_mhc.params import cast, decay_mask
 from rlm_mhc.program.functions import Announce
 from rlm_mhc.program.gradients import Reduce, make_gradients, wait
 from rlm_mhc.program.monitors import mhc_metrics
+from rlm_mhc.program.parametrization import Parametrization
 from rlm_mhc.program.precision import COMPUTE_DTYPE, next_loss_scale
 from rlm_mhc.program.state import TrainState
 
@@ -30,6 +31,7 @@ def make_train_step(
     kernels: Kernels = REFERENCE,
     donate: bool = False,
     announce: Announce | None = None,
+    parametrization: Parametrization | None = None,
 ) -> TrainStep:
     """`step(state, batch) -> (state, metrics)`, compiled unless `train_config.compile=False`.
 
@@ -45,6 +47,7 @@ def make_train_step(
         kernels: the operations to run the model with.
         donate: update the state in place, which saves a copy of it; the state passed in must not be used again.
         announce: called as `announce(number, of, name)` before each function is compiled.
+        parametrization: how the model's weights come from `state.params`; None: they are the weights.
 
     Returns:
         A step. Its batch holds `batch_size × gradient_accumulation_steps` sequences, run as that many microbatches;
@@ -73,11 +76,17 @@ def make_train_step(
     """
     remat = train_config.remat_policy(config)
     gradients = make_gradients(
-        config, kernels, reduce=reduce, remat=remat, compiled=train_config.compile, announce=announce
+        config,
+        kernels,
+        reduce=reduce,
+        remat=remat,
+        compiled=train_config.compile,
+        announce=announce,
+        parametrization=parametrization,
     )
     all_ranks = reduce if reduce is not None else _same
     optimizer, schedule = train_config.optimizer, train_config.scheduler
-    decay = decay_mask(config)
+    decay = parametrization.decay if parametrization else decay_mask(config)
     rate = partial(
         cosine_schedule,
         lr=optimizer.lr,
@@ -94,7 +103,9 @@ def make_train_step(
                 "make it with init_train_state and the same train_config"
             )
         microbatches = _microbatches(batch, train_config)
-        compute = cast(state.params, config, COMPUTE_DTYPE[train_config.mixed_precision])
+        compute = state.params
+        if parametrization is None:
+            compute = cast(compute, config, COMPUTE_DTYPE[train_config.mixed_precision])
         counted = _total(all_ranks, count_targets(batch.targets))
         loss_scale = state.loss_scale.scale if state.loss_scale else torch.ones_like(counted)
         # Sums under one scale rather than averages of averages: ranks and microbatches may count different numbers.
