@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from rlm_mhc import fn, load_pretrained, save_pretrained
 from rlm_mhc.checkpoint import load_run, save_run
-from rlm_mhc.data import BadLines, jsonl_source
+from rlm_mhc.data import BadLines, chat_parse, completion_parse, find_format, jsonl_source, record_source
+from rlm_mhc.data.chat import CHATML
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import small_config
-from rlm_mhc.train import RunConfig
+from rlm_mhc.train import FinetuneConfig, RunConfig
 from rlm_mhc.train.output import read_config, write_config
 from rlm_mhc.validation import build
 
@@ -37,8 +38,10 @@ SCALARS = st.one_of(
     st.text(max_size=9),
     st.sampled_from(["auto", "bf16", "none", 10**400, -1, 0, 1e308]),
 )
-KEYS = st.sampled_from([f.name for f in dataclasses.fields(RunConfig)]) | st.text(string.ascii_letters, max_size=9)
-FIELDS = st.sampled_from(["hidden_dim", "num_heads", "optimizer", "lr", "betas", "batch_size", "max_length", "project"])
+KEYS = st.sampled_from([f.name for f in dataclasses.fields(FinetuneConfig)]) | st.text(string.ascii_letters, max_size=9)
+FIELDS = st.sampled_from(
+    ["rank", "targets", "hidden_dim", "num_heads", "optimizer", "lr", "betas", "batch_size", "max_length", "project"]
+)
 TREES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | FIELDS, inner, max_size=4),
@@ -91,10 +94,10 @@ def place(folder, files):
         (Path(folder) / name).write_bytes(content)
 
 
-@given(TREES)
-def test_any_tree_of_values_is_a_config_or_an_error(tree):
-    config = result_or_error(lambda: build(RunConfig, tree))
-    assert config is None or isinstance(config, RunConfig)
+@given(TREES, st.sampled_from([RunConfig, FinetuneConfig]))
+def test_any_tree_of_values_is_a_config_or_an_error(tree, kind):
+    config = result_or_error(lambda: build(kind, tree))
+    assert config is None or isinstance(config, kind)
 
 
 @given(st.binary(max_size=300) | mutilated(YAML) | TREES.map(lambda tree: json.dumps(tree).encode()))
@@ -125,6 +128,41 @@ def test_any_lines_are_texts_or_counted_or_an_error(lines, suffix):
         if texts is not None:
             assert all(isinstance(text, str) and text.encode() is not None for text in texts)
             assert len(texts) + bad.bad == bad.lines
+
+
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", 1]), "content": TREES}))
+RECORDS = st.fixed_dictionaries(
+    {},
+    optional={"prompt": SCALARS, "completion": SCALARS, "messages": MESSAGES | TREES, "text": SCALARS, "tools": TREES},
+)
+
+
+class Tokenizer:
+    """What the formats ask of one, with transformers' rendering."""
+
+    eos_token, bos_token_id, all_special_tokens, name_or_path, chat_template = "</s>", None, ["</s>"], "fake", CHATML
+
+    def apply_chat_template(self, messages, *, tools, tokenize, add_generation_prompt):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = {"chat_template": self.chat_template, "eos_token": self.eos_token}
+        (text,), _ = render_jinja_template(
+            [messages], tools=tools, add_generation_prompt=add_generation_prompt, **given
+        )
+        return text
+
+
+@given(st.lists(RECORDS, max_size=4), st.sampled_from([chat_parse, completion_parse]))
+def test_any_records_are_examples_or_counted_or_an_error(records, parse):
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "data.jsonl")
+        file.write_text("\n".join(map(json.dumps, records)))
+        result_or_error(lambda: find_format(str(file), "text"))
+        bad = BadLines(strict=False, max_fraction=1.0)
+        examples = result_or_error(lambda: list(record_source(str(file), parse(Tokenizer())).read(bad)))
+        if examples is not None:
+            assert all(part.text.encode() for example in examples for part in example.segments)
+            assert len(examples) + bad.bad == bad.lines
 
 
 def tree_of_module(folder, verify):

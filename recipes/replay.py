@@ -43,7 +43,8 @@ def main(folder: Path, device_name: str) -> int:
         scale = LossScale(torch.tensor(recorded["loss_scale"], device=device), torch.tensor(0, device=device))
     state = state._replace(step=state.step - 1, loss_scale=scale)
     kernels = pick_kernels(run.model, training, device)
-    _, metrics = make_train_step(run.model, training, kernels=kernels)(state, batch)
+    step = make_train_step(run.model, training, kernels=kernels, parametrization=method.parametrization)
+    _, metrics = step(state, batch)
     replayed = {name: metrics[name].item() for name in recorded}
 
     print(f"step {saved['step']}, {len(batch.tokens)} sequences of {batch.tokens.shape[1]} tokens, {device}")

@@ -32,7 +32,7 @@ def test_the_loop_runs_as_written(tmp_path, monkeypatch, capsys):
     assert names["state"].step == 1
 
 
-@pytest.mark.parametrize("recipe", ["pretrain_1b"])
+@pytest.mark.parametrize("recipe", ["pretrain_1b", "finetune"])
 def test_every_key_of_the_command_line_is_in_the_reference(recipe):
     config = yaml.safe_load((ROOT / "recipes" / "configs" / f"{recipe}.yaml").read_text())
     model = yaml.safe_load((ROOT / "recipes" / "configs" / "model" / "tiny.yaml").read_text())

@@ -136,8 +136,8 @@ def _write(
 ) -> dict[str, Any]:
     said = {"train": 0, "eval": 0, "tokens": 0, "counted": 0, "cut": 0}
     dtype = token_dtype(len(tokenizer))
-    for given, kind in ((source, "train"), (eval_source, "eval")):
-        rows = encode(given.read(bad), tokenizer, length, bad) if given is not None else ()
+    for given, kind in ((source, "train"), *([(eval_source, "eval")] if eval_source is not None else [])):
+        rows = encode(given.read(bad), tokenizer, length, bad)
         for index, (tokens, counted, cut) in enumerate(tqdm(rows, desc="tokenizing", unit=" examples")):
             held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             part = "eval" if held_out else kind

@@ -36,7 +36,14 @@ class Activations(NamedTuple):
 
 
 def count_activations(
-    config: ModelConfig, batch_size: int, length: int, compute: torch.dtype, remat: str, device: str
+    config: ModelConfig,
+    batch_size: int,
+    length: int,
+    compute: torch.dtype,
+    remat: str,
+    device: str,
+    *,
+    embedding_trained: bool = True,
 ) -> Activations:
     """What one microbatch of a step needs beyond weights, gradients and optimizer.
 
@@ -62,6 +69,8 @@ def count_activations(
     backward = 2 * state + (2 * wide if config.mhc_enabled else 0) + rebuilt
     matrix = compute.itemsize * config.vocab_size * config.hidden_dim
     embedding = 4 * config.vocab_size * config.hidden_dim
+    if not embedding_trained:
+        matrix = embedding = 0
     return Activations(kept, state + 4 * logits + matrix, max(backward, state + embedding))
 
 

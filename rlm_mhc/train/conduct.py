@@ -23,6 +23,7 @@ from rlm_mhc.parallel import (
     watch_ranks,
 )
 from rlm_mhc.program import make_train_step
+from rlm_mhc.program.parametrization import Parametrization
 from rlm_mhc.program.step import TrainStep
 from rlm_mhc.train.device import check_compiler, pick_device
 from rlm_mhc.train.kernels import pick_kernels
@@ -56,7 +57,7 @@ def announce(run: RunConfig, device: torch.device, ranks: Ranks) -> Plan:
     check_compiler(device, run.training.compile)
     require_wandb(run.training.wandb)
     pick_kernels(run.model, run.training, device)
-    plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world)
+    plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world, run.adapters)
     print(*plan.lines, sep="\n", flush=True)
     plan.require_memory()
     return plan
@@ -86,9 +87,9 @@ def conduct(
         ValueError: when ranks differ in what they are to train, or as `train` has it.
         OSError: as `train` has it.
     """
-    facts = {"config": repr(run), "code": code_version(), "data": data.fingerprint}
+    facts = {"config": repr(run), "code": code_version(), "data": data.fingerprint, **start.method.facts}
     require_agreement(ranks, lambda: {**facts, "state": checksum(start.state)})
-    step = _make_step(run, device, ranks)
+    step = _make_step(run, start.method.parametrization, device, ranks)
     if not ranks.is_first:
         with watch_signals(ranks) as signals:
             train(run, start, step, data, plan, ranks=ranks, signals=signals)
@@ -117,7 +118,9 @@ def conduct(
     print(f"written to   {folder} (curves.png, metrics.jsonl); newest checkpoint: {newest}")
 
 
-def _make_step(run: RunConfig, device: torch.device, ranks: Ranks) -> TrainStep:
+def _make_step(
+    run: RunConfig, parametrization: Parametrization | None, device: torch.device, ranks: Ranks
+) -> TrainStep:
     return make_train_step(
         run.model,
         run.training,
@@ -125,4 +128,5 @@ def _make_step(run: RunConfig, device: torch.device, ranks: Ranks) -> TrainStep:
         kernels=pick_kernels(run.model, run.training, device),
         donate=True,
         announce=lambda number, of, name: print(f"compiling    {number}/{of}: {name} …", flush=True),
+        parametrization=parametrization,
     )

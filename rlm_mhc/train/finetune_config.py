@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlm_mhc.checkpoint import load_config
+from rlm_mhc.config import LoraConfig
 from rlm_mhc.data import (
     Prepared,
     chat_parse,
@@ -72,15 +73,7 @@ class FinetuneData(DataConfig):
             source, eval_source = (record_source(path, parse, key=key) if path else None for key, path in paths.items())
             assert source is not None
             print(f"data         {source.name}, of the format {kind}", flush=True)
-            return prepare_examples(
-                folder,
-                source,
-                eval_source,
-                tokenizer=tokenizer,
-                max_length=self.max_length,
-                strict=self.strict,
-                max_bad_fraction=self.max_bad_fraction,
-            )
+            return prepare_examples(folder, source, eval_source, tokenizer=tokenizer, **self.reading())
 
         return read
 
@@ -94,6 +87,7 @@ class FinetuneConfig(RunConfig):
     """
 
     checkpoint: str = ""
+    lora: LoraConfig = section(LoraConfig)
     data: FinetuneData = section(FinetuneData)
 
     def __post_init__(self) -> None:
@@ -112,6 +106,11 @@ class FinetuneConfig(RunConfig):
     def evaluates_first(self) -> bool:
         """What the checkpoint is worth before any update is worth knowing."""
         return True
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Those that are trained in place of all weights."""
+        return self.lora if self.lora.rank else None
 
     @property
     def tokenizer(self) -> str:

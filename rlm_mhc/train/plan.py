@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from rlm_mhc.config import ModelConfig, TrainConfig
-from rlm_mhc.fn import count, init
+from rlm_mhc.config import LoraConfig, ModelConfig, TrainConfig
+from rlm_mhc.fn import count, init, lora_init
 from rlm_mhc.program.memory import count_activations
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.train.device import MEMORY_ADVICE, available_bytes, describe, peak_rate
-from rlm_mhc.tree import size_bytes
+from rlm_mhc.tree import size, size_bytes
 
 GIB = 1 << 30
 RESERVED_BYTES = GIB // 2
@@ -44,15 +44,23 @@ class Plan(NamedTuple):
             )
 
 
-def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: torch.device, world: int = 1) -> Plan:
-    """Count parameters, tokens, operations and memory of a run with sequences of `length` tokens.
+def make_plan(
+    config: ModelConfig,
+    training: TrainConfig,
+    length: int,
+    device: torch.device,
+    world: int = 1,
+    lora: LoraConfig | None = None,
+) -> Plan:
+    """Count parameters, tokens, operations and memory of a run with sequences of `length` tokens, of all weights or of
+    adapters.
 
     Activations are the most that is alive at once beside gradients of full size; see `count_activations`.
     """
     compute = COMPUTE_DTYPE[training.mixed_precision]
     total = count(config)
     available = available_bytes(device)
-    parts = _memory(config, training, length, device.type, available)
+    parts = _memory(config, training, length, device.type, available, lora)
     tokens = training.sequences_per_step * length * world
     flops = flops_per_token(config, length) * tokens
     peak, basis = peak_rate(device, compute)
@@ -62,6 +70,7 @@ def make_plan(config: ModelConfig, training: TrainConfig, length: int, device: t
     needed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
     lines: tuple[str, ...] = (
         f"model        {total:,} parameters: {config.num_layers} layers, width {config.hidden_dim}, {kind}",
+        *([f"trained      {_adapters(config, lora)}"] if lora else []),
         f"device       {f'{world} × ' if world > 1 else ''}{describe(device)}; peak {basis}",
         f"precision    {training.mixed_precision}{', compiled' if training.compile else ', not compiled'}",
         f"batch        {tokens:,} tokens per step = {training.batch_size} sequences × "
@@ -90,32 +99,57 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def _memory(
-    config: ModelConfig, training: TrainConfig, length: int, device: str, available: int | None
+    config: ModelConfig,
+    training: TrainConfig,
+    length: int,
+    device: str,
+    available: int | None,
+    lora: LoraConfig | None,
 ) -> dict[str, int]:
-    compute, masters = COMPUTE_DTYPE[training.mixed_precision], 4 * count(config)
+    compute = COMPUTE_DTYPE[training.mixed_precision]
+    masters = 4 * (_adapted(config, lora) if lora else count(config))
     parts = {"weights": masters, "optimizer": 2 * masters, "gradients": masters}
-    if compute != torch.float32:
+    if lora or compute != torch.float32:
         parts["weights"] += size_bytes(init(config, device="meta", dtype=compute))
     least = config.num_layers * training.batch_size * length * config.hidden_dim * compute.itemsize
     if available is not None and sum(parts.values()) + least > available / CERTAIN:
         # Shapes that are out of the question need no tracing, and may be too large for it.
         return parts | {"activations": least, "runtime": RESERVED_BYTES}
     remat = training.remat_policy(config)
-    activations = count_activations(config, training.batch_size, length, compute, remat, device)
+    activations = count_activations(
+        config, training.batch_size, length, compute, remat, device, embedding_trained=lora is None
+    )
+    if lora:
+        # A layer merged and its gradients in fp32; while it is evaluated or saved, all layers merged.
+        layer = init(config.replace(num_layers=1), device="meta", dtype=compute).layers[0]
+        at_once = max(activations.head, activations.layer + size_bytes(layer) + 4 * size(layer))
+        merged = config.num_layers * size_bytes(layer)
+        return parts | {"activations": max(activations.kept + at_once, merged), "runtime": RESERVED_BYTES}
     top = 4 * (config.vocab_size * (1 if config.tie_embeddings else 2) + 1) * config.hidden_dim
     accumulated = training.gradient_accumulation_steps > 1
     peak = activations.peak(masters, top, config.num_layers, accumulated)
     return parts | {"activations": peak - masters, "runtime": RESERVED_BYTES}
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.0f} MiB"
+def _adapted(config: ModelConfig, lora: LoraConfig) -> int:
+    """How many numbers are trained."""
+    one = lora_init(init(config.replace(num_layers=1), device="meta"), lora)
+    return config.num_layers * size(one.layers) + size(one.head_mhc)
+
+
+def _adapters(config: ModelConfig, lora: LoraConfig) -> str:
+    beside = " and the weights of mHC" if lora.train_mhc and config.mhc_enabled else ""
+    return f"{_adapted(config, lora):,} parameters: adapters of rank {lora.rank} to {', '.join(lora.targets)}{beside}"
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / GIB:.2f} GiB" if amount >= GIB / 10 else f"{amount / (1 << 20):.0f} MiB"
 
 
 def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "an unknown time"
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} seconds"

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from rlm_mhc.config import ModelConfig, TrainConfig
+from rlm_mhc.config import LoraConfig, ModelConfig, TrainConfig
 from rlm_mhc.data import Prepared, Source, builtin_source, jsonl_source, prepare
 from rlm_mhc.validation import at_least, between, check, one_of, positive, section
 
@@ -57,12 +58,14 @@ class DataConfig:
                 eval_source,
                 tokenizer=tokenizer,
                 vocab_size=vocab_size,
-                max_length=self.max_length,
-                strict=self.strict,
-                max_bad_fraction=self.max_bad_fraction,
+                **self.reading(),
             )
 
         return read
+
+    def reading(self) -> dict[str, Any]:
+        """How data of any format are read."""
+        return {name: getattr(self, name) for name in ("max_length", "strict", "max_bad_fraction")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,11 @@ class RunConfig:
     def evaluates_first(self) -> bool:
         """Whether there is an evaluation before the first update, as step 0."""
         return False
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """Those that are trained in place of all weights."""
+        return None
 
     @property
     def tokenizer(self) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,13 @@ from rlm_mhc.checkpoint import (
 )
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
-from rlm_mhc.fn import adamw_init
+from rlm_mhc.fn import LMParams, adamw_init
 from rlm_mhc.parallel import ALONE, Ranks
 from rlm_mhc.program import TrainState, init_train_state
 from rlm_mhc.program.precision import LossScale, init_loss_scale
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train.finetune_config import FinetuneConfig
-from rlm_mhc.train.method import FULL, Method
+from rlm_mhc.train.method import FULL, Method, method_of, require_same
 from rlm_mhc.train.output import CONFIG_FILE, METRICS_FILE, read_config
 from rlm_mhc.train.run_config import RunConfig
 
@@ -95,9 +96,10 @@ def load_state(run: RunConfig, checkpoint: Path, device: torch.device, *, verify
 
     Raises:
         FileNotFoundError: when a file of it is missing.
-        ValueError: when one is damaged, or it is of another model.
+        ValueError: when one is damaged, or it is of another model, or of other adapters.
     """
-    method = FULL
+    method = method_of(run, partial(_base, run, device))
+    require_same(method, describe_run(checkpoint), checkpoint)
     params, config, optimizer, saved, generators = load_run(
         checkpoint, lambda params: adamw_init(method.read(checkpoint, params)), device, verify=verify
     )
@@ -130,13 +132,24 @@ def _with_weights(run: RunConfig, checkpoint: Path, device: torch.device) -> Sta
             f"output_dir={run.output_dir}: holds the run that {checkpoint.name} is of, and this one starts at step 0; "
             "choose another folder"
         )
-    params, config = load_pretrained(checkpoint, device=device)
-    _require_shape(run, checkpoint, config)
-    trained = FULL.read(checkpoint, params)
+    params = _weights(run, checkpoint, device)
+    method = method_of(run, lambda: params)
+    trained = method.begin(params)
     state = resume_train_state(trained, adamw_init(trained), 0, init_loss_scale(run.training.mixed_precision, device))
     taken = "weights and tokenizer" if run.data.tokenizer == "auto" else "weights"
     print(f"started from {checkpoint}: its {taken}; optimizer, schedule and data start anew", flush=True)
-    return Start(state, Position(run.seed))
+    return Start(state, Position(run.seed), method=method)
+
+
+def _base(run: RunConfig, device: torch.device) -> LMParams:
+    assert isinstance(run, FinetuneConfig)
+    return _weights(run, Path(run.checkpoint), device)
+
+
+def _weights(run: RunConfig, checkpoint: Path, device: torch.device) -> LMParams:
+    params, config = load_pretrained(checkpoint, device=device)
+    _require_shape(run, checkpoint, config)
+    return params
 
 
 def _require_shape(run: RunConfig, checkpoint: Path, config: ModelConfig) -> None:

@@ -148,8 +148,86 @@ def test_a_resumed_run_is_bit_for_bit_one_never_stopped(finetune, base, data, tm
         assert (again / name).read_bytes() == (before / name).read_bytes(), name
 
 
-def test_a_diverging_run_leaves_a_step_to_replay(finetune, recipe, base, data, tmp_path):
-    wild = ["training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=2"]
+LORA = ["lora.rank=4", "lora.alpha=8", "training.optimizer.lr=2e-2"]
+
+
+def test_adapters_learn_and_leave_a_model_as_any_other(finetune, base, data, tmp_path):
+    peft = pytest.importorskip("peft")
+    from rlm_mhc.model import RLMModel
+
+    out = tmp_path / "run"
+    arguments = [f"checkpoint={base}", f"output_dir={out}", data("completion"), *LORA, "training.max_steps=5"]
+    result = finetune(*arguments)
+    assert result.code == 0, result.err
+    assert "parameters: adapters of rank 4 to q_proj, " in result.out
+    rows = records(out)
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.1
+    newest = out / "checkpoints" / "checkpoint-5"
+    tokens = torch.randint(300, (2, 16))
+    merged = RLMModel.from_pretrained(newest).eval()
+    adapted = peft.PeftModel.from_pretrained(RLMModel.from_pretrained(base), newest / "adapter").eval()
+    with torch.no_grad():
+        ours, theirs, before = (model(tokens).logits for model in (merged, adapted, RLMModel.from_pretrained(base)))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (ours - before).abs().max() > 0.05
+    assert not torch.equal(merged.layers[0].attn_mhc.alpha, RLMModel.from_pretrained(base).layers[0].attn_mhc.alpha)
+    assert torch.equal(merged.embed_tokens.weight, RLMModel.from_pretrained(base).embed_tokens.weight)
+    optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
+    assert "exp_avg.layers.0.self_attn.q_proj.lora_A" in optimizer
+    # What it left is a checkpoint to start from, as any other.
+    again = [f"checkpoint={newest}", f"output_dir={tmp_path / 'again'}", data("completion"), "training.max_steps=1"]
+    assert finetune(*again).code == 0
+    assert records(tmp_path / "again")[0]["eval/loss"] == pytest.approx(rows[-1]["eval/loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_of_adapters_is_bit_for_bit_one_never_stopped(finetune, base, data, tmp_path, precision):
+    out = tmp_path / "run"
+    arguments = [f"checkpoint={base}", data("completion"), *LORA, "training.max_steps=5", "training.save_steps=2"]
+    arguments.append(f"training.mixed_precision={precision}")
+    whole = stopped(finetune, arguments, out, 2)
+    result = finetune(*arguments, f"output_dir={out}", "resume=auto")
+    assert result.code == 0, result.err
+    assert without_speed(records(out)) == without_speed(whole)
+    again, before = out / "checkpoints" / "checkpoint-5", tmp_path / "run-checkpoint-5"
+    for name in (
+        "model.safetensors",
+        "optimizer.pt",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+    ):
+        assert (again / name).read_bytes() == (before / name).read_bytes(), name
+    dtype = load_pretrained(again)[0].norm.weight.dtype
+    assert dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def test_adapters_do_not_go_on_to_other_weights_or_of_another_kind(finetune, base, data, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "run"
+    params, config = load_pretrained(base)
+    save_pretrained(other, tree_map(lambda leaf: leaf + 1e-3, params), config)
+    common = [f"output_dir={out}", data("completion"), f"data.tokenizer={base}", "training.max_steps=3"]
+    assert finetune(*common, f"checkpoint={base}", *LORA).code == 0
+    for arguments, said in (
+        ([f"checkpoint={other}", *LORA], "its adapters are to other weights"),
+        ([f"checkpoint={base}", *LORA, "lora.rank=2"], "trained with lora.rank=4, and this run has 2"),
+        ([f"checkpoint={base}"], "trained with lora.rank=4, and this run has 0"),
+    ):
+        refused = finetune(*common, *arguments, "resume=auto")
+        assert refused.code == 2
+        assert said in refused.last_error, refused.last_error
+    newest = out / "checkpoints" / "checkpoint-3"
+    file = newest / "adapter" / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    refused = finetune(*common, f"checkpoint={base}", *LORA, "resume=auto")
+    assert "none of its 1 checkpoints is whole" in refused.last_error
+    assert "adapter_model.safetensors: damaged" in refused.out
+
+
+@pytest.mark.parametrize("lora", [[], LORA])
+def test_a_diverging_run_leaves_a_step_to_replay(finetune, recipe, base, data, tmp_path, lora):
+    wild = [*lora, "training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=2"]
     arguments = [f"checkpoint={base}", f"output_dir={tmp_path / 'run'}", data("completion"), "training.max_steps=30"]
     result = finetune(*arguments, *wild)
     assert result.code == 2
@@ -172,6 +250,9 @@ MISTAKES = {
     "data.chat_template=chatml": ["data.chat_template=chatml", "data.format=chat"],
     "data.train_path=/nowhere.jsonl": ["data.train_path=/nowhere.jsonl", "no such file"],
     "data.eval_path=/nowhere.jsonl": ["data.eval_path=/nowhere.jsonl", "no such file"],
+    "lora.rank=-1": ["lora.rank=-1", "at least 0"],
+    "lora.rank=4 lora.targets=[q_prj]": ["lora.targets", "did you mean 'q_proj'"],
+    "lora.alpha=32": ["lora.alpha=32", "no effect with rank=0"],
     "data.max_length=65": ["data.max_length=65", "max_seq_len=64"],
 }
 

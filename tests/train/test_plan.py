@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
+from rlm_mhc.config import LoraConfig
 from rlm_mhc.testing import small_config
 from rlm_mhc.train.plan import GIB, Plan, flops_per_token, make_plan
+from rlm_mhc.tree import size, size_bytes
 
 CPU = torch.device("cpu")
 REMAT = ("none", "mhc", "full")
@@ -41,6 +43,20 @@ def test_recomputation_lowers_the_plan():
     config = small_config(hidden_dim=128, num_layers=8)
     plans = {remat: make_plan(config, TrainConfig(remat=remat), 64, CPU).parts["activations"] for remat in REMAT}
     assert plans["full"] < plans["mhc"] < plans["none"]
+
+
+def test_adapters_need_weights_once_and_little_else():
+    config = small_config(hidden_dim=128, num_layers=8)
+    training = TrainConfig(mixed_precision="bf16", batch_size=1)
+    full, lora = (make_plan(config, training, 64, CPU, lora=own) for own in (None, LoraConfig(rank=4)))
+    base = fn.cast(fn.init(config), config, torch.bfloat16)
+    trained = size(fn.lora_init(base, LoraConfig(rank=4)))
+    assert lora.parts["weights"] == size_bytes(base) + 4 * trained
+    assert lora.parts["optimizer"] == 8 * trained
+    assert lora.parts["gradients"] == 4 * trained
+    assert full.parts["weights"] > 1.5 * lora.parts["weights"]
+    assert lora.parts["activations"] >= size_bytes(base.layers)
+    assert any(line.startswith(f"trained      {trained:,} parameters") for line in lora.lines)
 
 
 def test_operations_count_multiplied_parameters_and_attention():
