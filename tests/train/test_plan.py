@@ -57,6 +57,10 @@ def test_adapters_need_weights_once_and_little_else():
     assert full.parts["weights"] > 1.5 * lora.parts["weights"]
     assert lora.parts["activations"] >= size_bytes(base.layers)
     assert any(line.startswith(f"trained      {trained:,} parameters") for line in lora.lines)
+    wide = small_config(num_layers=1, vocab_size=50_000)
+    full, lora = (make_plan(wide, training, 8, CPU, lora=own) for own in (None, LoraConfig(rank=4)))
+    # Without a gradient of the embedding.
+    assert lora.parts["activations"] < 4 * 50_000 * 32 < full.parts["activations"]
 
 
 def test_operations_count_multiplied_parameters_and_attention():
