@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import rlm_mhc.model  # noqa: F401  it makes transformers know the config beside the tokenizer
 from rlm_mhc import ModelConfig, fn, load_pretrained
 from rlm_mhc.data.tokenizer import load_tokenizer
 from rlm_mhc.program import make_decoder

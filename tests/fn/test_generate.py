@@ -152,8 +152,11 @@ def test_draws_are_those_of_the_generator():
 
 def test_a_penalised_token_is_one_of_the_row_not_of_its_padding():
     config, params, tokens = model()
-    rows = tokens[:, :7].where(torch.arange(7) < LENGTHS.unsqueeze(-1), 11)
-    out = fn.generate(params, rows, config, max_new_tokens=5, lengths=LENGTHS, repetition_penalty=50.0)
+    how = dict(max_new_tokens=5, lengths=LENGTHS, repetition_penalty=50.0)
+    first = fn.generate(params, tokens[:, :7], config, **how).tokens[torch.arange(3), LENGTHS]
+    # Padded with what is to be drawn: were it counted as seen, it would not be.
+    rows = tokens[:, :7].where(torch.arange(7) < LENGTHS.unsqueeze(-1), first.unsqueeze(-1))
+    out = fn.generate(params, rows, config, **how)
     for row, start, end in zip(out.tokens, LENGTHS, out.lengths, strict=True):
         for at in range(start, end):
             logits = fn.forward(params, row[None, :at], config)[0, -1]

@@ -41,20 +41,27 @@ def test_each_filter_is_that_of_transformers(sampling, processor):
 
 def test_all_together_are_in_the_order_of_transformers_generate():
     logits, tokens, seen = case()
-    expected, together = logits, dict(repetition_penalty=1.3, temperature=0.8, top_k=20, top_p=0.9, min_p=0.1)
-    order = iter(
-        [
-            theirs.RepetitionPenaltyLogitsProcessor(1.3),
-            theirs.TemperatureLogitsWarper(0.8),
-            theirs.TopKLogitsWarper(20),
-            theirs.TopPLogitsWarper(0.9),
-            theirs.MinPLogitsWarper(0.1),
-        ]
-    )
-    for processor in order:
-        before, expected = expected, processor(tokens, expected)
-        assert not torch.equal(before, expected)
+    together = dict(repetition_penalty=1.3, temperature=2.0, top_k=10, top_p=0.8, min_p=0.2)
+    order = [
+        theirs.RepetitionPenaltyLogitsProcessor(1.3),
+        theirs.TemperatureLogitsWarper(2.0),
+        theirs.TopKLogitsWarper(10),
+        theirs.TopPLogitsWarper(0.8),
+        theirs.MinPLogitsWarper(0.2),
+    ]
+    expected = chain(order, tokens, logits)
     assert torch.equal(fn.filter_logits(logits, fn.Sampling(**together), seen), expected)
+    for first, second in ((1, 3), (2, 3), (3, 4)):  # numbers for which the order and each of them shows
+        swapped = order.copy()
+        swapped[first], swapped[second] = order[second], order[first]
+        assert not torch.equal(chain(swapped, tokens, logits), expected)
+    assert all(not torch.equal(chain([p for p in order if p is not left], tokens, logits), expected) for left in order)
+
+
+def chain(processors, tokens, logits):
+    for processor in processors:
+        logits = processor(tokens, logits)
+    return logits
 
 
 def test_draws_follow_the_filtered_logits():
