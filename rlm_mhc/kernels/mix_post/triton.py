@@ -1,0 +1,149 @@
+"""Triton kernels of `mix_post`: the combine, its transpose, and the sums over the width that its backward needs.
+
+Every offset that grows with the tokens is computed in 64 bits. `tokens` is never a constant of a kernel.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
+from rlm_mhc.kernels.tiles import dot
+
+# Of the matrix product that holds the n × n products of `ROWS // n` tokens; the interpreter wants few programs.
+ROWS = 128 if interpreted() else 16
+
+
+@triton.jit
+def load_streams(x_ptr, t, cols, live, first, C: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
+    """The tiles `[tokens, columns]` of `G` streams from the `first` on, fp32."""
+    xs = ()
+    for j in tl.static_range(G):
+        at = x_ptr + (t[:, None] * N + (first + j)) * C + cols[None, :]
+        xs = xs + (tl.load(at, mask=live, other=0.0).to(tl.float32),)
+    return xs
+
+
+@triton.jit
+def mixed_stream(xs, res_ptr, t, in_range, i: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """`Σ_j res[i, j] · xs[j]`, or with `res` transposed."""
+    total = tl.zeros_like(xs[0])
+    for j in tl.static_range(N):
+        entry = j * N + i if TRANSPOSED else i * N + j
+        total += tl.load(res_ptr + t * N * N + entry, mask=in_range, other=0.0)[:, None] * xs[j]
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def combine_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    res_ptr,
+    out_ptr,
+    tokens,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    OUTPUT: tl.constexpr,
+):
+    """`out[i] = Σ_j res[i, j] · x[j] + post[i] · y`; without `OUTPUT` the sum alone."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
+    in_range = t < tokens
+    live = in_range[:, None] & (cols < C)[None, :]
+    xs = load_streams(x_ptr, t, cols, live, 0, C, N, N)
+    if OUTPUT:
+        y = tl.load(y_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+    for i in tl.static_range(N):
+        mixed = mixed_stream(xs, res_ptr, t, in_range, i, N, TRANSPOSED)
+        if OUTPUT:
+            mixed += tl.load(post_ptr + t * N + i, mask=in_range, other=0.0)[:, None] * y
+        at = out_ptr + (t[:, None] * N + i) * C + cols[None, :]
+        tl.store(at, mixed.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def reduce_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    g_ptr,
+    g_y_ptr,
+    g_post_ptr,
+    g_res_ptr,
+    tokens,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    BC: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """`g_res[i, j] = Σ_c g[i] · x[j]`, `g_post[i] = Σ_c g[i] · y`, `g_y = Σ_i post[i] · g[i]`.
+
+    The rows of a tile are the streams of `R // N` tokens: their products with each other are one matrix product, of
+    which the blocks on the diagonal, one of each token, are kept.
+    """
+    first = tl.program_id(0).to(tl.int64) * (R // N)
+    row = tl.arange(0, R)
+    t = first + row // N
+    row_live = (row < R // N * N) & (t < tokens)
+    own = first + tl.arange(0, BT)
+    own_live = (tl.arange(0, BT) < R // N) & (own < tokens)
+    products = tl.zeros((R, R), tl.float32)
+    with_y = tl.zeros((R, BC), tl.float32)
+    for start in range(0, C, BC):
+        cols = start + tl.arange(0, BC)
+        live = row_live[:, None] & (cols < C)[None, :]
+        at = (first * N + row)[:, None] * C + cols[None, :]
+        g = tl.load(g_ptr + at, mask=live, other=0.0)
+        x = tl.load(x_ptr + at, mask=live, other=0.0)
+        y = tl.load(y_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0)
+        products = dot(g, tl.trans(x), products)
+        with_y += g.to(tl.float32) * y.to(tl.float32)
+        live = own_live[:, None] & (cols < C)[None, :]
+        g_y = tl.zeros((BT, BC), tl.float32)
+        for i in tl.static_range(N):
+            g_i = tl.load(g_ptr + (own[:, None] * N + i) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            g_y += tl.load(post_ptr + own * N + i, mask=own_live, other=0.0)[:, None] * g_i
+        tl.store(g_y_ptr + own[:, None] * C + cols[None, :], g_y.to(g_y_ptr.dtype.element_ty), mask=live)
+    tl.store(g_post_ptr + first * N + row, tl.sum(with_y, 1), mask=row_live)
+    same = row_live[:, None] & (row // N == (row // N)[:, None])
+    at = g_res_ptr + (first * N + row)[:, None] * N + (row % N)[None, :]
+    tl.store(at, products, mask=same)
+
+
+def tile(n: int, c: int) -> tuple[int, int]:
+    """Tokens and columns of a tile that holds all `n` streams of each."""
+    columns = min(power_of_two(c), 1024 if interpreted() else 128)
+    return max(1, (65536 if interpreted() else 8192) // (columns * power_of_two(n))), columns
+
+
+def combine(x: Tensor, y: Tensor | None, post: Tensor | None, res: Tensor, transposed: bool = False) -> Tensor:
+    """`out[i] = Σ_j res[i, j] · x[j] + post[i] · y` of contiguous `x [tokens, n, c]`."""
+    tokens, n, c = x.shape
+    out = torch.empty_like(x)
+    bt, bc = tile(n, c)
+    options: dict[str, Any] = dict(C=c, N=n, BT=bt, BC=bc, TRANSPOSED=transposed, OUTPUT=y is not None)
+    if tokens:
+        with on_device(x):
+            grid = (blocks(tokens, bt), blocks(c, bc))
+            combine_kernel[grid](x, y, post, res, out, tokens, **options, num_warps=warps(bt * bc * n))
+    return out
+
+
+def reduce(x: Tensor, y: Tensor, post: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cotangents of `y`, `post` and `res`, from that of the combined streams."""
+    tokens, n, c = x.shape
+    out = torch.empty_like(y), torch.empty_like(post), post.new_empty(tokens, n, n)
+    rows = ROWS
+    options = dict(C=c, N=n, R=rows, BC=min(power_of_two(c), 256), BT=power_of_two(rows // n))
+    if tokens:
+        with on_device(x):
+            reduce_kernel[(blocks(tokens, rows // n),)](x, y, post, g, *out, tokens, **options, num_warps=4)
+    return out

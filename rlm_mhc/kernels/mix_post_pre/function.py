@@ -1,0 +1,35 @@
+"""The op of `mix_post_pre` and its backward as one differentiable function."""
+
+from typing import Any
+
+from torch import Tensor
+
+from rlm_mhc.kernels.joined import joined
+from rlm_mhc.kernels.mix_post_pre.op import mix_post_pre as _mix_post_pre
+from rlm_mhc.kernels.mix_post_pre.op import mix_post_pre_backward
+from rlm_mhc.kernels.mix_pre.op import Mapped, Settings, Weights
+
+
+def _forward(options: Any, *inputs: Any) -> Any:
+    streams, output, post, res, *weights = inputs
+    mixed, mapped = _mix_post_pre(streams, output, post, res, Weights(*weights), options[1])
+    return mixed, *mapped
+
+
+def _backward(options: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
+    weights, kept = Weights(*inputs[4:]), Mapped(*outputs[1:])
+    g_before, g_weights = mix_post_pre_backward(inputs[:4], weights, outputs[0], kept, cotangents, options[1])
+    return *g_before, *g_weights
+
+
+_call = joined("mix_post_pre", _forward, _backward)
+
+
+def mix_post_pre(
+    streams: Tensor, output: Tensor, post: Tensor, res: Tensor, weights: Weights, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(mixed, normed, pre, post, res)`: `mix_post(streams, output, post, res)`, then `mix_pre` of that.
+
+    Arguments and errors are those of the two.
+    """
+    return _call((5, settings), (streams, output, post, res, *weights))

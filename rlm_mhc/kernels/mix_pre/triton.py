@@ -1,0 +1,219 @@
+"""Triton kernels of the forward of `mix_pre`: one pass over the streams for the projection, one for the aggregate.
+
+Every offset that grows with the tokens is computed in 64 bits. `tokens` is never a constant of a kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
+from rlm_mhc.kernels.mix_post.triton import combine, load_streams, mixed_stream
+from rlm_mhc.kernels.sinkhorn.triton import sinkhorn
+from rlm_mhc.kernels.tiles import dot_wide
+
+LEAST_COLUMNS = 16  # of a tile in a matrix product
+MOST_AT_ONCE = 8  # streams in the registers of one program; with more of them it takes one after the other
+
+
+@triton.jit
+def load_phi(phi_ptr, channels, live, m: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
+    """The rows of `phi [n·c, M]` at some channels, columns from `m` on, `MP` of them, zeros beyond `M`."""
+    columns = m + tl.arange(0, MP)
+    mask = live[:, None] & (columns < M)[None, :]
+    return tl.load(phi_ptr + channels[:, None] * M + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def project_kernel(
+    x_ptr,
+    y_ptr,
+    post_ptr,
+    res_ptr,
+    given_ptr,
+    phi_ptr,
+    mixed_ptr,
+    u_ptr,
+    h_ptr,
+    scale_ptr,
+    rstd_ptr,
+    tokens,
+    eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    MP: tl.constexpr,
+    G: tl.constexpr,
+    COMBINE: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """`h = (v · phi) / rms(v)` of the streams `x`, read `G` of them at a time.
+
+    Where `G` is all of them, with `COMBINE` of the streams that `mix_post` makes of `x`, which are written to `mixed`;
+    and with `GIVEN` also `u = Σ_j given[j] · x[j]`, not normalised yet, and `rstd = 1 / rms(u)`.
+    """
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    in_range = t < tokens
+    h = tl.zeros((BT, MP), tl.float32)
+    squares = tl.zeros((BT, BC), tl.float32)
+    u_squares = tl.zeros((BT, BC), tl.float32)
+    across: tl.constexpr = (C + BC - 1) // BC
+    for step in range(0, N // G * across):
+        first = step // across * G
+        cols = step % across * BC + tl.arange(0, BC)
+        within = cols < C
+        live = in_range[:, None] & within[None, :]
+        xs = load_streams(x_ptr, t, cols, live, first, C, N, G)
+        if COMBINE:
+            y = tl.load(y_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        u = tl.zeros((BT, BC), tl.float32)
+        for i in tl.static_range(G):
+            x = xs[i].to(x_ptr.dtype.element_ty)
+            if COMBINE:
+                x = mixed_stream(xs, res_ptr, t, in_range, i, N, False)
+                x += tl.load(post_ptr + t * N + i, mask=in_range, other=0.0)[:, None] * y
+                x = x.to(x_ptr.dtype.element_ty)
+                tl.store(mixed_ptr + (t[:, None] * N + i) * C + cols[None, :], x, mask=live)
+            h = dot_wide(x, load_phi(phi_ptr, (first + i) * C + cols, within, 0, M, MP), h)
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            if GIVEN:
+                u += tl.load(given_ptr + t * N + i, mask=in_range, other=0.0)[:, None] * wide
+        if GIVEN:
+            u_squares += u * u
+            tl.store(u_ptr + t[:, None] * C + cols[None, :], u.to(u_ptr.dtype.element_ty), mask=live)
+    scale = 1 / tl.sqrt(tl.sum(squares, 1) / (N * C) + eps)
+    tl.store(scale_ptr + t, scale, mask=in_range)
+    columns = tl.arange(0, MP)
+    mask = in_range[:, None] & (columns < M)[None, :]
+    tl.store(h_ptr + t[:, None] * M + columns[None, :], h * scale[:, None], mask=mask)
+    if GIVEN:
+        tl.store(rstd_ptr + t, 1 / tl.sqrt(tl.sum(u_squares, 1) / C + eps), mask=in_range)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def finish_kernel(
+    x_ptr,
+    given_ptr,
+    u_ptr,
+    h_ptr,
+    alpha_ptr,
+    bias_ptr,
+    weight_ptr,
+    pre_ptr,
+    post_ptr,
+    res_ptr,
+    rstd_ptr,
+    tokens,
+    eps,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    P: tl.constexpr,
+    ITERS: tl.constexpr,
+    EPS: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """From `h` to the mappings, and the normed aggregate of the streams by `pre`, with `GIVEN` by what is given.
+
+    Without `AGGREGATE` that aggregate is there already, and is normed in place.
+    """
+    M: tl.constexpr = 2 * N + N * N
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    in_range = t < tokens
+    cols = tl.arange(0, BC)
+    live = in_range[:, None] & (cols < C)[None, :]
+    u = tl.zeros((BT, BC), tl.float32)
+    alpha = tl.load(alpha_ptr)
+    for j in tl.static_range(N):
+        pre = tl.sigmoid(alpha * tl.load(h_ptr + t * M + j, mask=in_range, other=0.0) + tl.load(bias_ptr + j)) + EPS
+        tl.store(pre_ptr + t * N + j, pre, mask=in_range)
+        if AGGREGATE:
+            if GIVEN:
+                pre = tl.load(given_ptr + t * N + j, mask=in_range, other=0.0)
+            x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0)
+            u += pre[:, None] * x.to(tl.float32)
+    if AGGREGATE:
+        rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / C + eps)
+        tl.store(rstd_ptr + t, rstd, mask=in_range)
+    else:
+        u += tl.load(u_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + t, mask=in_range, other=0.0)
+    weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    normed = (u * rstd[:, None] * weight[None, :]).to(u_ptr.dtype.element_ty)
+    tl.store(u_ptr + t[:, None] * C + cols[None, :], normed, mask=live)
+    line = tl.arange(0, P)
+    at, mask = N + line, in_range[:, None] & (line < N)[None, :]
+    post = tl.load(h_ptr + t[:, None] * M + at[None, :], mask=mask, other=0.0)
+    post = 2 * tl.sigmoid(tl.load(alpha_ptr + 1) * post + tl.load(bias_ptr + at, mask=line < N, other=0.0)[None, :])
+    tl.store(post_ptr + t[:, None] * N + line[None, :], post, mask=mask)
+    entry = line[:, None] * N + line[None, :]
+    inside = ((line < N)[:, None] & (line < N)[None, :])[None, :, :]
+    mask = in_range[:, None, None] & inside
+    logits = tl.load(h_ptr + t[:, None, None] * M + 2 * N + entry[None, :, :], mask=mask, other=0.0)
+    bias = tl.load(bias_ptr + 2 * N + entry[None, :, :], mask=inside, other=0.0)
+    res = sinkhorn(tl.load(alpha_ptr + 2) * logits + bias, inside, ITERS, EPS)
+    tl.store(res_ptr + t[:, None, None] * N * N + entry[None, :, :], res, mask=mask)
+
+
+def _project_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
+    """The largest tile whose accumulator, streams and part of `phi` stay in registers."""
+    columns = power_of_two(raw, LEAST_COLUMNS)
+    if interpreted():
+        return dict(BT=128, BC=64, MP=columns, G=n if n <= MOST_AT_ONCE else 1)
+    wide = dtype == torch.float32
+    if n > MOST_AT_ONCE:
+        large = columns > 256
+        return dict(BT=16 if large else 32, BC=16 if large else 32, MP=columns, G=1)
+    rows = 16 if columns > 64 else 32 if wide or dtype == torch.float16 else 64
+    return dict(BT=rows, BC=16 if columns > 64 and wide else 32, MP=columns, G=n)
+
+
+def forward(
+    x: Tensor,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    combined: tuple[Tensor, Tensor, Tensor] | None,
+    given: Tensor | None,
+    num_iters: int,
+    eps: float,
+    sinkhorn_eps: float,
+) -> tuple[Tensor, ...]:
+    """`(streams, normed, pre, post, res, h, scale, rstd)` of contiguous `x [tokens, n, c]`.
+
+    `combined` is `(output, post, res)` of the sub-layer before, whose combine then comes first; else `streams` is `x`.
+    """
+    tokens, n, c = x.shape
+    raw = phi.shape[-1]
+    wide = dict(dtype=torch.float32, device=x.device)
+    h, scale, rstd = (torch.empty(tokens, *size, **wide) for size in ((raw,), (), ()))  # type: ignore[arg-type]
+    pre, post, res = (torch.empty(tokens, *size, **wide) for size in ((n,), (n,), (n, n)))  # type: ignore[arg-type]
+    normed = x.new_empty(tokens, c)
+    tile = _project_tile(n, raw, x.dtype)
+    at_once = tile["G"] == n
+    if combined and not at_once:
+        x, combined = combine(x, *combined), None
+    mixed = torch.empty_like(x) if combined else x
+    if not tokens:
+        return mixed, normed, pre, post, res, h, scale, rstd
+    with on_device(x):
+        project_kernel[(blocks(tokens, tile["BT"]),)](
+            x, *(combined or (None, None, None)), given, phi, mixed, normed, h, scale, rstd, tokens, eps,
+            C=c, N=n, M=raw, **tile, COMBINE=combined is not None, GIVEN=given is not None and at_once,
+            num_warps=4 if tile["MP"] <= 64 else 8, num_stages=3 if n <= 4 or not at_once else 1,
+        )  # fmt: skip
+        width = power_of_two(c)
+        bt = 128 if interpreted() else max(1, 4096 // width)
+        finish_kernel[(blocks(tokens, bt),)](
+            mixed, given, normed, h, alpha, bias, weight, pre, post, res, rstd, tokens, eps,
+            C=c, N=n, BT=bt, BC=width, P=power_of_two(n), ITERS=num_iters, EPS=sinkhorn_eps,
+            AGGREGATE=given is None or not at_once, GIVEN=given is not None, num_warps=warps(bt * width * 2),
+        )  # fmt: skip
+    return mixed, normed, pre, post, res, h, scale, rstd

@@ -1,0 +1,140 @@
+"""The Triton kernel of the last step of `mix_pre`'s backward: to the streams and to `phi`.
+
+What is summed over tokens is summed as in `triton_backward.py`: the same bits in every run.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two
+from rlm_mhc.kernels.mix_post.triton import combine, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_pre.triton import LEAST_COLUMNS
+from rlm_mhc.kernels.tiles import dot_wide
+
+PROGRAMS = 1024
+MOST_AT_ONCE = 4  # streams in the registers of one program; with more of them there is a program for each
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def apply_kernel(
+    x_ptr,
+    pre_ptr,
+    phi_ptr,
+    g_u_ptr,
+    g_product_ptr,
+    inner_ptr,
+    g_mixed_ptr,
+    res_ptr,
+    out_ptr,
+    g_phi_ptr,
+    tokens,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+    MB: tl.constexpr,
+    G: tl.constexpr,
+    MORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The cotangent of `G` streams at some channels and, of the program's own tokens, that of `phi` there.
+
+    With `MORE="add"` another cotangent of the streams is added, with `"mix"`, where `G` is all of them, another one by
+    `resᵀ`. Programs whose third index is above 0 have further columns of `phi` and nothing else.
+    """
+    across: tl.constexpr = (C + BC - 1) // BC
+    first = tl.program_id(0) // across * G
+    cols = tl.program_id(0) % across * BC + tl.arange(0, BC)
+    split, part = tl.program_id(1), tl.program_id(2)
+    within = cols < C
+    columns = part * MB + tl.arange(0, MB)
+    g_phi = ()
+    for _ in tl.static_range(G):
+        g_phi = g_phi + (tl.zeros((BC, MB), tl.float32),)
+    count = tl.cdiv(tokens, BT)
+    for number in range(split, count, tl.num_programs(1)):
+        # From the last token to the first: what the kernel before has read last may still be in the cache.
+        t = (count - 1 - number) * BT + tl.arange(0, BT).to(tl.int64)
+        in_range = t < tokens
+        live = in_range[:, None] & within[None, :]
+        xs = load_streams(x_ptr, t, cols, live, first, C, N, G)
+        product = t[:, None] * M + columns[None, :]
+        g_product = tl.load(g_product_ptr + product, mask=in_range[:, None] & (columns < M)[None, :], other=0.0)
+        summed = ()
+        for j in tl.static_range(G):
+            x = tl.trans(xs[j].to(x_ptr.dtype.element_ty))
+            summed = summed + (dot_wide(x, g_product, g_phi[j]),)
+        g_phi = summed
+        if part == 0:
+            g_u = tl.load(g_u_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            inner = tl.load(inner_ptr + t, mask=in_range, other=0.0)
+            if MORE != "":
+                more = load_streams(g_mixed_ptr, t, cols, live, first, C, N, G)
+            for j in tl.static_range(G):
+                pre = tl.load(pre_ptr + t * N + first + j, mask=in_range, other=0.0)
+                g = pre[:, None] * g_u - inner[:, None] * xs[j]
+                if MORE == "add":
+                    g += more[j]
+                if MORE == "mix":
+                    g += mixed_stream(more, res_ptr, t, in_range, j, N, True)
+                g = through_phi(
+                    g, g_product_ptr, phi_ptr, t, in_range, (first + j) * C + cols, within, M, MB, PRECISION
+                )
+                at = (t[:, None] * N + first + j) * C + cols[None, :]
+                tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=live)
+    for j in tl.static_range(G):
+        at = (split * N * C + (first + j) * C + cols)[:, None] * M + columns[None, :]
+        tl.store(g_phi_ptr + at, g_phi[j], mask=within[:, None] & (columns < M)[None, :])
+
+
+@triton.jit
+def through_phi(
+    g, g_product_ptr, phi_ptr, t, in_range, channels, within, M: tl.constexpr, MB: tl.constexpr, PRECISION: tl.constexpr
+):
+    """`g + g_product · phiᵀ` at some channels of a stream."""
+    for m in range(0, M, MB):
+        columns = m + tl.arange(0, MB)
+        mask = in_range[:, None] & (columns < M)[None, :]
+        g_product = tl.load(g_product_ptr + t[:, None] * M + columns[None, :], mask=mask, other=0.0)
+        mask = within[:, None] & (columns < M)[None, :]
+        phi = tl.load(phi_ptr + channels[:, None] * M + columns[None, :], mask=mask, other=0.0)
+        g = tl.dot(g_product, tl.trans(phi), g, input_precision=PRECISION)
+    return g
+
+
+def to_streams(
+    x: Tensor, pre: Tensor, phi: Tensor, g_u: Tensor, g_product: Tensor, inner: Tensor, more: Any, res: Any
+) -> tuple[Tensor, Tensor]:
+    """The cotangents of the streams and of `phi`; `more` is another one of the streams, with `res` by `resᵀ`."""
+    tokens, n, c = x.shape
+    raw = phi.shape[-1]
+    tile = _apply_tile(n, raw, x.dtype)
+    if res is not None and tile["G"] < n:
+        more, res = combine(more, None, None, res, transposed=True), None
+    out = torch.empty_like(x)
+    across = (n // tile["G"] * blocks(c, tile["BC"]), blocks(raw, tile["MB"]))
+    splits = max(1, min(PROGRAMS // (across[0] * across[1]), blocks(tokens, tile["BT"])))
+    partial = phi.new_empty(splits, n * c, raw)
+    half = x.dtype != torch.float32
+    options: dict[str, Any] = dict(MORE="" if more is None else "add" if res is None else "mix")
+    with on_device(x):
+        apply_kernel[(across[0], splits, across[1])](
+            x, pre, phi, g_u, g_product, inner, more, res, out, partial, tokens, C=c, N=n, M=raw, **tile, **options,
+            PRECISION="tf32" if half else "ieee", num_warps=8,
+        )  # fmt: skip
+    return out, partial.sum(0)
+
+
+def _apply_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles such that the sums for `phi`, `G · BC · MB` numbers, stay in registers."""
+    columns = power_of_two(raw, LEAST_COLUMNS)
+    if interpreted():
+        return dict(BT=128, BC=64, MB=max(LEAST_COLUMNS, columns // 2), G=n if n <= MOST_AT_ONCE else 1)
+    if n > MOST_AT_ONCE:
+        return dict(BT=32, BC=64, MB=min(columns, 64), G=1)
+    return dict(BT=32, BC=64 if dtype == torch.bfloat16 else 32, MB=columns, G=n)

@@ -1,0 +1,124 @@
+"""The fused mixing against the reference in float64: outputs and every gradient, for tests and before a run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlm_mhc.fn.mhc import mhc_aggregate, mhc_combine, mhc_mappings
+from rlm_mhc.fn.norm import rms_norm
+from rlm_mhc.kernels.mix_post import mix_post
+from rlm_mhc.kernels.mix_post_pre import mix_post_pre
+from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre
+from rlm_mhc.kernels.single_pass import single_pass_post_pre, single_pass_pre
+from rlm_mhc.params import MHCParams
+from rlm_mhc.variants import PRESETS
+
+COMBINE, GIVEN, WEIGHTS = ("output", "post", "res"), ("given",), ("phi", "alpha", "bias", "weight")
+ARGUMENTS = {
+    "mix_post": ("streams", *COMBINE),
+    "mix_pre": ("streams", *WEIGHTS),
+    "mix_post_pre": ("streams", *COMBINE, *WEIGHTS),
+    "single_pass_pre": ("streams", *GIVEN, *WEIGHTS),
+    "single_pass_post_pre": ("streams", *COMBINE, *GIVEN, *WEIGHTS),
+}
+OUTPUTS = {
+    name: ("mixed",) * (name != "mix_pre" and name != "single_pass_pre")
+    + ("normed", "pre", "post", "res") * (name != "mix_post")
+    for name in ARGUMENTS
+}
+# A fixed, awkward size: neither streams nor width nor tokens fill their blocks.
+SELF_TEST: dict[str, int] = dict(n=3, c=80, tokens=67)
+LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+def draw_inputs(
+    name: str, n: int, c: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, Tensor]:
+    """Random arguments of an op by name, the same on any device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, size: float = 1.0, offset: float = 0.0) -> Tensor:
+        return offset + size * torch.randn(*shape, generator=generator)
+
+    raw = 2 * n + n * n
+    drawn = {
+        "streams": normal(tokens, n, c).to(dtype),
+        "output": normal(tokens, c).to(dtype),
+        "post": normal(tokens, n).sigmoid() * 2,
+        "res": normal(tokens, n, n).softmax(-1),
+        "given": normal(tokens, n).sigmoid(),
+        "phi": normal(n * c, raw, size=(n * c) ** -0.5),
+        "alpha": normal(3, offset=1.0),
+        "bias": normal(raw),
+        "weight": normal(c, size=0.3, offset=1.0).to(dtype),
+    }
+    return {argument: drawn[argument].to(device) for argument in ARGUMENTS[name]}
+
+
+def fused(name: str, settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
+    """The fused op of a name as a function of its arguments in their order."""
+    if name == "mix_post":
+        return lambda *inputs: (mix_post(*inputs),)
+    run: Any = {
+        "mix_pre": mix_pre,
+        "mix_post_pre": mix_post_pre,
+        "single_pass_pre": single_pass_pre,
+        "single_pass_post_pre": single_pass_post_pre,
+    }[name]
+    return lambda *inputs: run(*inputs[:-4], Weights(*inputs[-4:]), settings)
+
+
+def reference(name: str, settings: Settings, rounded: torch.dtype | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The same by the functions of `rlm_mhc.fn`, the combined streams being rounded to a dtype."""
+    preset = next(key for key, row in PRESETS.items() if row.eps == settings.sinkhorn_eps)
+
+    def run(streams: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(ARGUMENTS[name][1:], rest, strict=True))
+        outputs: tuple[Tensor, ...] = ()
+        if "output" in named:
+            streams = mhc_combine(streams, *(named[key] for key in COMBINE))
+            if rounded is not None:
+                streams = streams.to(rounded).to(streams.dtype)
+            outputs = (streams,)
+        if "phi" not in named:
+            return outputs
+        params = MHCParams(named["phi"], named["alpha"], named["bias"])
+        mapped = mhc_mappings(params, streams, num_iters=settings.num_iters, eps=settings.eps, preset=preset)
+        u = mhc_aggregate(streams, named.get("given", mapped.pre))
+        return *outputs, rms_norm(u, named["weight"], settings.eps), *mapped
+
+    return run
+
+
+def errors(name: str, inputs: dict[str, Tensor], settings: Settings, seed: int = 1) -> dict[str, float]:
+    """Of each output and each argument's gradient: the largest error against float64, relative to the largest entry."""
+    pullback: Any = torch.func.vjp
+    outputs, pull = pullback(fused(name, settings), *inputs.values())
+    exact = [x.double() for x in inputs.values()]
+    expected, exact_pull = pullback(reference(name, settings, inputs["streams"].dtype), *exact)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = tuple(torch.randn(x.shape, generator=generator).to(x) for x in outputs)
+    found = dict(zip(OUTPUTS[name], zip(outputs, expected, strict=True), strict=True))
+    gradients = zip(pull(cotangents), exact_pull(tuple(g.double() for g in cotangents)), strict=True)
+    found |= dict(zip((f"gradient of {key}" for key in inputs), gradients, strict=True))
+    return {key: _error(*pair) for key, pair in found.items()}
+
+
+def _error(actual: Tensor, exact: Tensor) -> float:
+    scale = exact.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    worst = ((actual.double() - exact).abs().max() / scale).item()
+    return worst if worst == worst else float("inf")
+
+
+def self_test(device: torch.device, dtype: torch.dtype, num_iters: int = 20) -> str | None:
+    """What is wrong with the fused ops on a device in a dtype, or None; a fixed case of each, checked in float64."""
+    for name in ARGUMENTS:
+        inputs = draw_inputs(name, **SELF_TEST, dtype=dtype, device=device)
+        sinkhorn_eps = 1e-6 if name.startswith("single_pass") else 0.0
+        found = errors(name, inputs, Settings(num_iters, 1e-6, sinkhorn_eps))
+        worst = max(found, key=lambda key: found[key])
+        if not found[worst] <= LARGEST_ERROR[dtype]:
+            return f"{name}: {worst} is off by {found[worst]:.1e} of its largest entry"
+    return None
