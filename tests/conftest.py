@@ -1,6 +1,12 @@
+import os
+
 import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: its kernels then run in its interpreter, on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -1,70 +1,86 @@
 """A forward and a backward made of library ops as one differentiable function, for plain autograd and `torch.func`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Options = tuple[Any, ...]
-Forward = Callable[..., tuple[Tensor, ...]]
-Backward = Callable[..., tuple[Tensor, ...]]
+NO_SECOND = "second derivatives of the fused kernels are not there; use the reference kernels"
 
 
-def joined(name: str, forward: Forward, backward: Backward) -> Callable[[Options, tuple[Tensor, ...]], Any]:
-    """`call(options, inputs) -> outputs`, whose gradient is `backward`'s.
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """`forward(settings, *inputs) -> (*outputs, *saved)`, where `outputs` of so many `inputs` have gradients;
+    `backward(settings, inputs, outputs and saved, cotangents) -> cotangents of the inputs`."""
 
-    `options` begin with the number of outputs. `forward(options, *inputs) -> (*outputs, *saved)`, all of which
-    `backward(options, inputs, outputs and saved, cotangents) -> cotangents of the inputs` gets. Under `vmap` both run
-    once for each element. Second derivatives are errors, and so is forward mode.
+    name: str
+    inputs: int
+    outputs: int
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    settings: Any = None
+
+
+def joined(halves: Halves, settings: Any, inputs: tuple[Tensor, ...]) -> Any:
+    """The outputs of `halves`, whose gradient is its backward's.
+
+    Under `vmap` both run once for each element. Second derivatives are errors, and so is forward mode; but under
+    `torch.compile` a `torch.func.grad` within another is zero, as of any `autograd.Function` (torch 2.13).
     """
+    # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
+    # (pytorch issue 193279); views of them are not.
+    with_settings = dataclasses.replace(halves, settings=settings)
+    return _Joined.apply(with_settings, *(x.view_as(x) for x in inputs))[: halves.outputs]
 
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(options: Options, counts: tuple[int, int], *tensors: Tensor) -> Any:
-            a, b = counts
-            return backward(options, tensors[:a], tensors[a:b], tensors[b:])
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(halves: Halves, *inputs: Tensor) -> Any:
+        return halves.forward(halves.settings, *inputs)
 
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Any) -> Any:
-            raise RuntimeError(f"second derivatives of the fused {name} are not there; use the reference kernels")
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.halves = inputs[0]
+        ctx.mark_non_differentiable(*output[inputs[0].outputs :])
+        ctx.save_for_backward(*inputs[1:], *output)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, options: Options, counts: tuple[int, int], *tensors: Tensor) -> Any:
-            return _one_by_one(info, in_dims[2:], tensors, lambda own: Gradient.apply(options, counts, *own))
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        tensors = (*ctx.saved_tensors, *cotangents[: ctx.halves.outputs])
+        # Dynamo takes the first of a variable number of arguments for a context, and needs no error: see above.
+        run = _gradient if torch.compiler.is_compiling() else _Gradient.apply
+        return None, *run(ctx.halves, *tensors)
 
-    class Joined(torch.autograd.Function):
-        @staticmethod
-        def forward(options: Options, *inputs: Tensor) -> Any:
-            return forward(options, *inputs)
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, halves: Halves, *inputs: Tensor) -> Any:
+        return _one_by_one(info, in_dims[1:], inputs, lambda own: _Joined.apply(halves, *own))
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.options, *tensors = inputs
-            ctx.count = len(tensors)
-            ctx.mark_non_differentiable(*output[ctx.options[0] :])
-            ctx.save_for_backward(*tensors, *output)
 
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Any) -> Any:
-            given = tuple(ctx.saved_tensors)
-            wanted = cotangents[: ctx.options[0]]
-            return None, *Gradient.apply(ctx.options, (ctx.count, len(given)), *given, *wanted)
+class _Gradient(torch.autograd.Function):
+    """The gradient, with an error in place of a second derivative that would silently be zero."""
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, options: Options, *inputs: Tensor) -> Any:
-            return _one_by_one(info, in_dims[1:], inputs, lambda own: Joined.apply(options, *own))
+    @staticmethod
+    def forward(halves: Halves, *tensors: Tensor) -> Any:
+        return _gradient(halves, *tensors)
 
-    def call(options: Options, inputs: tuple[Tensor, ...]) -> Any:
-        # Under torch.compile the backward of a Function is dropped where all its arguments are what is
-        # differentiated (pytorch issue 193279); views of them are not.
-        return Joined.apply(options, *(x.view_as(x) for x in inputs))[: options[0]]
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.name = inputs[0].name
 
-    return call
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        raise RuntimeError(f"{NO_SECOND}: {ctx.name}")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, halves: Halves, *tensors: Tensor) -> Any:
+        return _one_by_one(info, in_dims[1:], tensors, lambda own: _Gradient.apply(halves, *own))
+
+
+def _gradient(halves: Halves, *tensors: Tensor) -> Any:
+    a, b = halves.inputs, len(tensors) - halves.outputs
+    return halves.backward(halves.settings, tensors[:a], tensors[a:b], tensors[b:])
 
 
 def _one_by_one(info: Any, in_dims: Any, tensors: tuple[Tensor, ...], run: Callable[[Any], Any]) -> Any:

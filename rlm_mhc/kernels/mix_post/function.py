@@ -4,20 +4,20 @@ from typing import Any
 
 from torch import Tensor
 
-from rlm_mhc.kernels.joined import joined
+from rlm_mhc.kernels.joined import Halves, joined
 from rlm_mhc.kernels.mix_post.op import mix_post as _mix_post
 from rlm_mhc.kernels.mix_post.op import mix_post_backward
 
 
-def _forward(options: Any, *inputs: Tensor) -> Any:
+def _forward(settings: Any, *inputs: Tensor) -> Any:
     return (_mix_post(*inputs),)
 
 
-def _backward(options: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
+def _backward(settings: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
     return mix_post_backward(*inputs, *cotangents)
 
 
-_call = joined("mix_post", _forward, _backward)
+HALVES = Halves("mix_post", 4, 1, _forward, _backward)
 
 
 def mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -32,4 +32,4 @@ def mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tens
     Raises:
         ValueError: on another shape or dtype, and where the Triton kernels do not run.
     """
-    return _call((1,), (streams, output, post, res))[0]
+    return joined(HALVES, None, (streams, output, post, res))[0]

@@ -4,25 +4,25 @@ from typing import Any
 
 from torch import Tensor
 
-from rlm_mhc.kernels.joined import joined
+from rlm_mhc.kernels.joined import Halves, joined
 from rlm_mhc.kernels.mix_post_pre.op import mix_post_pre as _mix_post_pre
 from rlm_mhc.kernels.mix_post_pre.op import mix_post_pre_backward
 from rlm_mhc.kernels.mix_pre.op import Mapped, Settings, Weights
 
 
-def _forward(options: Any, *inputs: Any) -> Any:
+def _forward(settings: Any, *inputs: Any) -> Any:
     streams, output, post, res, *weights = inputs
-    mixed, mapped = _mix_post_pre(streams, output, post, res, Weights(*weights), options[1])
+    mixed, mapped = _mix_post_pre(streams, output, post, res, Weights(*weights), settings)
     return mixed, *mapped
 
 
-def _backward(options: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
+def _backward(settings: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
     weights, kept = Weights(*inputs[4:]), Mapped(*outputs[1:])
-    g_before, g_weights = mix_post_pre_backward(inputs[:4], weights, outputs[0], kept, cotangents, options[1])
+    g_before, g_weights = mix_post_pre_backward(inputs[:4], weights, outputs[0], kept, cotangents, settings)
     return *g_before, *g_weights
 
 
-_call = joined("mix_post_pre", _forward, _backward)
+HALVES = Halves("mix_post_pre", 8, 5, _forward, _backward)
 
 
 def mix_post_pre(
@@ -32,4 +32,4 @@ def mix_post_pre(
 
     Arguments and errors are those of the two.
     """
-    return _call((5, settings), (streams, output, post, res, *weights))
+    return joined(HALVES, settings, (streams, output, post, res, *weights))

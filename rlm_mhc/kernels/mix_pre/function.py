@@ -4,22 +4,22 @@ from typing import Any
 
 from torch import Tensor
 
-from rlm_mhc.kernels.joined import joined
+from rlm_mhc.kernels.joined import Halves, joined
 from rlm_mhc.kernels.mix_pre.op import Mapped, Settings, Weights, mix_pre_backward
 from rlm_mhc.kernels.mix_pre.op import mix_pre as _mix_pre
 
 
-def _forward(options: Any, streams: Tensor, *weights: Tensor) -> Any:
-    return tuple(_mix_pre(streams, Weights(*weights), options[1]))
+def _forward(settings: Any, streams: Tensor, *weights: Tensor) -> Any:
+    return tuple(_mix_pre(streams, Weights(*weights), settings))
 
 
-def _backward(options: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
+def _backward(settings: Any, inputs: Any, outputs: Any, cotangents: Any) -> Any:
     streams, *weights = inputs
-    g_streams, g_weights = mix_pre_backward(streams, Weights(*weights), Mapped(*outputs), cotangents, options[1])
+    g_streams, g_weights = mix_pre_backward(streams, Weights(*weights), Mapped(*outputs), cotangents, settings)
     return g_streams, *g_weights
 
 
-_call = joined("mix_pre", _forward, _backward)
+HALVES = Halves("mix_pre", 5, 4, _forward, _backward)
 
 
 def mix_pre(streams: Tensor, weights: Weights, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,4 +36,4 @@ def mix_pre(streams: Tensor, weights: Weights, settings: Settings) -> tuple[Tens
     Raises:
         ValueError: on another shape or dtype, iterations beyond 1 to 64, and where the Triton kernels do not run.
     """
-    return _call((4, settings), (streams, *weights))
+    return joined(HALVES, settings, (streams, *weights))

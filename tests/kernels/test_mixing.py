@@ -1,0 +1,238 @@
+"""The fused mixing against `fn` in float64: on a CPU in Triton's interpreter, with `-m gpu` compiled."""
+
+import pytest
+import torch
+
+from rlm_mhc import fn
+from rlm_mhc.kernels import selftest
+from rlm_mhc.kernels.mix_post import mix_post
+from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre, mix_pre_backward
+from rlm_mhc.kernels.mix_pre.op import mix_pre as raw_mix_pre
+from rlm_mhc.kernels.selftest import ARGUMENTS, OUTPUTS, draw_inputs, errors, fused, reference
+
+PLAIN, SHIFTED = Settings(3, 1e-6, 0.0), Settings(3, 1e-6, 1e-6)
+ALL = pytest.mark.parametrize("name", ARGUMENTS)
+FLOAT32 = 1e-5
+# Rounded to the dtype of the streams: outputs of that dtype, and what is computed from rounded streams. Triton's
+# interpreter cuts bf16 off where a GPU rounds it: twice the error.
+ROUNDED = {torch.float32: FLOAT32, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def check(name, inputs, settings=PLAIN):
+    dtype = inputs["streams"].dtype
+    found = errors(name, inputs, settings)
+    assert found.keys() == {*OUTPUTS[name], *(f"gradient of {key}" for key in ARGUMENTS[name])}
+    exact = {"pre", "post", "res"} | {f"gradient of {key}" for key in ("post", "res", "given", "phi", "alpha", "bias")}
+    for key, error in found.items():
+        from_exact_streams = name in ("mix_post", "mix_pre", "single_pass_pre") and key in exact
+        allowed = FLOAT32 if from_exact_streams else ROUNDED[dtype]
+        if key == "gradient of given" and inputs["streams"].shape[-2] == 1:
+            continue  # the norm takes the scale of a single stream away again: zero, and rounding
+        assert error <= allowed, f"{name}, {key}: {error:.1e} of its largest entry, allowed {allowed:.0e}"
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("n", "c", "tokens", "dtype"),
+    [
+        (3, 80, 63, torch.float32),
+        (5, 48, 63, torch.bfloat16),
+        (3, 48, 1, torch.float16),
+        (4, 80, 1000, torch.bfloat16),
+        (1, 16, 63, torch.float32),
+        (9, 48, 7, torch.float32),
+    ],
+)
+def test_outputs_and_every_gradient(name, n, c, tokens, dtype, device):
+    settings = SHIFTED if n in (4, 5) else PLAIN
+    check(name, draw_inputs(name, n, c, tokens, dtype, device), settings)
+
+
+@pytest.mark.parametrize("n", [2, 8, 12, 16])
+def test_any_number_of_streams(n, device):
+    check("mix_post_pre", draw_inputs("mix_post_pre", n, 32, 5, torch.float32, device))
+
+
+@pytest.mark.parametrize("settings", [Settings(1, 1e-6, 0.0), Settings(20, 1e-5, 0.0), Settings(20, 1e-6, 1e-6)])
+def test_any_number_of_iterations(settings, device):
+    check("mix_pre", draw_inputs("mix_pre", 4, 48, 9, torch.float32, device), settings)
+
+
+@pytest.fixture
+def nan_filled():
+    """Every tensor that is made without values holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@ALL
+@pytest.mark.usefixtures("nan_filled")
+def test_nothing_is_read_before_it_is_written_and_nothing_is_left_out(name, device):
+    check(name, draw_inputs(name, 3, 48, 33, torch.float32, device))
+
+
+@ALL
+def test_inputs_of_any_strides_and_batch_axes(name, device):
+    inputs = draw_inputs(name, 3, 48, 12, torch.float32, device)
+    expected = fused(name, PLAIN)(*inputs.values())
+
+    def spread(x):  # the same numbers, every second one of a larger tensor
+        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+
+    per_token = {"streams", "output", "post", "res", "given"}
+    loose = [spread(x.unflatten(0, (3, 4)) if key in per_token else x) for key, x in inputs.items()]
+    assert not any(x.is_contiguous() for x in loose)
+    for actual, wanted in zip(fused(name, PLAIN)(*loose), expected, strict=True):
+        assert actual.shape[:2] == (3, 4)
+        torch.testing.assert_close(actual.flatten(0, 1), wanted, rtol=0, atol=0)
+    gradients = [torch.func.grad(lambda *x: fused(name, PLAIN)(*x)[0].sum())(*x) for x in (loose, inputs.values())]
+    torch.testing.assert_close(gradients[0].flatten(0, 1), gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [60.0, 1e3, 3e4])
+@pytest.mark.parametrize("settings", [Settings(20, 1e-6, 0.0), Settings(20, 1e-6, 1e-6)])
+def test_extreme_logits_are_finite_and_right(size, settings, device):
+    inputs = draw_inputs("mix_pre", 4, 48, 40, torch.float32, device)
+    n = 4
+    # Few bits each, so that the logits are the same numbers in fp32 and in float64.
+    inputs["bias"][2 * n :] = (inputs["bias"][2 * n :] * 8).round() / 16 * size
+    inputs["phi"][:, 2 * n :] = 0
+    found = errors("mix_pre", inputs, settings)
+    assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extreme_gates_are_finite(sign, device):
+    inputs = draw_inputs("mix_pre", 4, 48, 7, torch.float32, device)
+    inputs["bias"] = inputs["bias"].abs() * sign * 3e4
+    outputs, pull = torch.func.vjp(fused("mix_pre", PLAIN), *inputs.values())
+    assert all(x.isfinite().all() for x in (*outputs, *pull(tuple(torch.ones_like(x) for x in outputs))))
+
+
+@ALL
+def test_no_tokens(name, device):
+    inputs = draw_inputs(name, 3, 48, 0, torch.float32, device)
+    outputs, pull = torch.func.vjp(fused(name, PLAIN), *inputs.values())
+    assert all(x.shape[0] == 0 for x in outputs)
+    gradients = dict(zip(inputs, pull(outputs), strict=True))
+    assert all(not g.any() for g in gradients.values())
+
+
+@ALL
+def test_the_same_bits_in_every_run(name, device):
+    inputs = draw_inputs(name, 4, 48, 300, torch.bfloat16, device)
+
+    def run():
+        outputs, pull = torch.func.vjp(fused(name, PLAIN), *inputs.values())
+        return (*outputs, *pull(tuple(torch.ones_like(x) for x in outputs)))
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_cotangent_of_the_combined_streams_joins_by_the_transpose(device):
+    """`mix_pre_backward(more, res)` is that of the combine which comes after, without a pass of its own."""
+    for n in (3, 5):
+        inputs = draw_inputs("mix_pre", n, 48, 9, torch.float32, device)
+        streams, weights = inputs["streams"], Weights(*(inputs[key] for key in Weights._fields))
+        kept = raw_mix_pre(streams, weights, PLAIN)
+        zero = (torch.zeros_like(kept.normed), None, torch.zeros_like(kept.post), torch.zeros_like(kept.res))
+        res, more = torch.randn_like(kept.res), torch.randn_like(streams)
+        actual, _ = mix_pre_backward(streams, weights, kept, zero, PLAIN, more=more, res=res)
+        torch.testing.assert_close(actual, torch.einsum("tij,tic->tjc", res, more))
+        added, _ = mix_pre_backward(streams, weights, kept, zero, PLAIN, more=more)
+        torch.testing.assert_close(added, more)
+
+
+def modes():
+    """Every way to ask for a gradient, by name."""
+
+    def plain(f, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(f(x), x)[0]
+
+    def functional(f, x):
+        return torch.func.grad(f)(x)
+
+    def compiled_plain(f, x):
+        return plain(torch.compile(f, fullgraph=True), x)
+
+    def compiled_functional(f, x):
+        return torch.compile(lambda x: torch.func.grad(f)(x), fullgraph=True)(x)
+
+    return {m.__name__: m for m in (plain, functional, compiled_plain, compiled_functional)}
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("mode", modes())
+@pytest.mark.parametrize("name", ["mix_post", "mix_post_pre", "single_pass_pre"])
+def test_their_own_backward_is_the_one_that_runs(name, mode, device):
+    """The ops are opaque, so that a backward dropped by a transform would be zero, and one derived an error."""
+    first, *rest = draw_inputs(name, 3, 48, 5, torch.float32, device).values()
+    cotangents = [torch.randn_like(x) for x in fused(name, PLAIN)(first, *rest)]
+
+    def loss(run, x):
+        return sum((y * g.to(y.dtype)).sum() for y, g in zip(run(x, *rest), cotangents, strict=True))
+
+    exact = torch.func.grad(lambda x: loss(lambda x, *r: reference(name, PLAIN)(x, *(y.double() for y in r)), x))(
+        first.double()
+    )
+    torch._dynamo.reset()
+    actual = modes()[mode](lambda x: loss(fused(name, PLAIN), x), first)
+    assert exact.abs().max() > 1e-2
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_of_values_and_of_gradients(device):
+    inputs = draw_inputs("mix_pre", 3, 48, 6, torch.float32, device)
+    streams, weights = inputs.pop("streams").unflatten(0, (2, 3)), tuple(inputs.values())
+    run = fused("mix_pre", PLAIN)
+    together, apart = torch.vmap(lambda x: run(x, *weights))(streams), run(streams, *weights)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b)
+    per_example = torch.vmap(torch.func.grad(lambda phi, x: run(x, phi, *weights[1:])[0].sum()), in_dims=(None, 0))
+    each = [torch.func.grad(lambda phi, x=x: run(x, phi, *weights[1:])[0].sum())(weights[0]) for x in streams]
+    torch.testing.assert_close(per_example(weights[0], streams), torch.stack(each))
+
+
+def test_second_derivatives_are_an_error_not_zero(device):
+    x, *rest = draw_inputs("mix_post", 2, 16, 2, torch.float32, device).values()
+    once = torch.func.grad(lambda y: mix_post(x, y, *rest[1:]).square().sum())
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.func.grad(lambda y: once(y).square().sum())(rest[0])
+
+
+BAD = {
+    "float64": lambda d: d | {"streams": d["streams"].double()},
+    "17 streams": lambda d: d | {"streams": d["streams"].repeat(1, 6, 1)[:, :17]},
+    "width 24": lambda d: d | {"streams": d["streams"][..., :24]},
+    "phi of another size": lambda d: d | {"phi": d["phi"][1:]},
+    "bias in bf16": lambda d: d | {"bias": d["bias"].bfloat16()},
+    "weight in another half precision": lambda d: d | {"weight": d["weight"].half()},
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_would_be_misread_is_refused(bad, device):
+    inputs = BAD[bad](draw_inputs("mix_pre", 3, 48, 2, torch.float32, device))
+    with pytest.raises(ValueError, match="take|expected"):
+        fused("mix_pre", PLAIN)(*inputs.values())
+
+
+@pytest.mark.parametrize("settings", [Settings(0, 1e-6, 0.0), Settings(65, 1e-6, 0.0), Settings(3, -1.0, 0.0)])
+def test_settings_that_are_not_there_are_refused(settings, device):
+    x, *weights = draw_inputs("mix_pre", 3, 48, 2, torch.float32, device).values()
+    with pytest.raises(ValueError, match="take|expected"):
+        mix_pre(x, Weights(*weights), settings)
+
+
+def test_the_self_test_passes_and_names_what_fails(device, monkeypatch):
+    assert selftest.self_test(device, torch.float32, num_iters=2) is None
+    right = fn.rms_norm
+    monkeypatch.setattr(selftest, "rms_norm", lambda u, w, eps: right(u, w, eps) * 1.001)
+    assert selftest.self_test(device, torch.float32, num_iters=2).startswith("mix_pre: ")
