@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 NO_SECOND = "second derivatives of the fused kernels are not there; use the reference kernels"
+MOST_INPUTS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +33,31 @@ def joined(halves: Halves, settings: Any, inputs: tuple[Tensor, ...]) -> Any:
     # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
     # (pytorch issue 193279); views of them are not.
     with_settings = dataclasses.replace(halves, settings=settings)
-    return _Joined.apply(with_settings, *(x.view_as(x) for x in inputs))[: halves.outputs]
+    absent = (None,) * (MOST_INPUTS - halves.inputs)
+    return _Joined.apply(with_settings, *(x.view_as(x) for x in inputs), *absent)[: halves.outputs]
 
 
 class _Joined(torch.autograd.Function):
+    # Without a gradient dynamo takes the first argument for a context where their number may vary.
     @staticmethod
-    def forward(halves: Halves, *inputs: Tensor) -> Any:
-        return halves.forward(halves.settings, *inputs)
+    def forward(halves: Halves, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
+        return halves.forward(halves.settings, *(a, b, c, d, e, f, g, h, i)[: halves.inputs])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.halves = inputs[0]
         ctx.mark_non_differentiable(*output[inputs[0].outputs :])
-        ctx.save_for_backward(*inputs[1:], *output)
+        ctx.save_for_backward(*inputs[1 : 1 + inputs[0].inputs], *output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         tensors = (*ctx.saved_tensors, *cotangents[: ctx.halves.outputs])
-        # Dynamo takes the first of a variable number of arguments for a context, and needs no error: see above.
+        # The number of arguments varies here too, and under torch.compile there is no error to give: see above.
         run = _gradient if torch.compiler.is_compiling() else _Gradient.apply
-        return None, *run(ctx.halves, *tensors)
+        return None, *run(ctx.halves, *tensors), *(None,) * (MOST_INPUTS - ctx.halves.inputs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, halves: Halves, *inputs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, halves: Halves, *inputs: Any) -> Any:
         return _one_by_one(info, in_dims[1:], inputs, lambda own: _Joined.apply(halves, *own))
 
 

@@ -220,14 +220,14 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_what_would_be_misread_is_refused(bad, device):
     inputs = BAD[bad](draw_inputs("mix_pre", 3, 48, 2, torch.float32, device))
-    with pytest.raises(ValueError, match="take|expected"):
+    with pytest.raises(ValueError, match=r"take|expected"):
         fused("mix_pre", PLAIN)(*inputs.values())
 
 
 @pytest.mark.parametrize("settings", [Settings(0, 1e-6, 0.0), Settings(65, 1e-6, 0.0), Settings(3, -1.0, 0.0)])
 def test_settings_that_are_not_there_are_refused(settings, device):
     x, *weights = draw_inputs("mix_pre", 3, 48, 2, torch.float32, device).values()
-    with pytest.raises(ValueError, match="take|expected"):
+    with pytest.raises(ValueError, match=r"take|expected"):
         mix_pre(x, Weights(*weights), settings)
 
 
