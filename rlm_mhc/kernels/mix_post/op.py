@@ -49,7 +49,6 @@ def mix_post_backward(
 
 
 def _check(streams: Tensor, output: Tensor | None, post: Tensor | None, res: Tensor | None) -> None:
-    require_triton(streams.device)
     require_streams(streams)
     *b, n, c = streams.shape
     if output is not None:
@@ -61,12 +60,14 @@ def _check(streams: Tensor, output: Tensor | None, post: Tensor | None, res: Ten
 
 
 def _mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    require_triton(streams.device)
     from rlm_mhc.kernels.mix_post.triton import combine
 
     return combine(flat(streams, 2), flat(output, 1), flat(post, 1), flat(res, 2)).view(streams.shape)
 
 
 def _mix_post_reduce(streams: Tensor, output: Tensor, post: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+    require_triton(streams.device)
     from rlm_mhc.kernels.mix_post.triton import reduce
 
     g_output, g_post, g_res = reduce(flat(streams, 2), flat(output, 1), flat(post, 1), flat(cotangent, 2))
@@ -74,6 +75,7 @@ def _mix_post_reduce(streams: Tensor, output: Tensor, post: Tensor, cotangent: T
 
 
 def _mix_post_spread(cotangent: Tensor, res: Tensor) -> Tensor:
+    require_triton(cotangent.device)
     from rlm_mhc.kernels.mix_post.triton import combine
 
     return combine(flat(cotangent, 2), None, None, flat(res, 2), transposed=True).view(cotangent.shape)

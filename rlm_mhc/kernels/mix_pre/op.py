@@ -90,7 +90,6 @@ def mix_pre_backward(
 
 def check(streams: Tensor, weights: Weights, settings: Settings) -> None:
     """Refuse what the kernels would misread; see `mix_pre`."""
-    require_triton(streams.device)
     require_streams(streams)
     n, c = streams.shape[-2:]
     raw = 2 * n + n * n
@@ -129,6 +128,7 @@ def run_forward(
     given: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The kernels of the forward on tensors of any strides: `(streams, *Mapped)`."""
+    require_triton(streams.device)
     from rlm_mhc.kernels.mix_pre.triton import forward
 
     before: Any = (
@@ -153,6 +153,7 @@ def run_backward(
     given: bool = False,
 ) -> tuple[Tensor, ...]:
     """The kernels of the backward: cotangents of streams, of the `pre` that was given where one was, and of weights."""
+    require_triton(streams.device)
     from rlm_mhc.kernels.mix_pre.triton_apply import to_streams
     from rlm_mhc.kernels.mix_pre.triton_backward import through_mappings, through_norm
 

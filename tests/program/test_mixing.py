@@ -1,0 +1,112 @@
+"""The program with the fused mixing computes the gradient of `fn.loss`, in Triton's interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from rlm_mhc import fn
+from rlm_mhc.fn.kernels import Differentiable
+from rlm_mhc.kernels.launch import interpreted
+from rlm_mhc.kernels.mixing import TRITON
+from rlm_mhc.program.functions import make_functions
+from rlm_mhc.program.gradients import make_gradients
+from rlm_mhc.testing import assert_trees_close, random_batch, small_config
+from rlm_mhc.testing.models import disturbed
+from rlm_mhc.tree import named_leaves, tree_map
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if (request.param == "cpu") != interpreted():
+        pytest.skip("in Triton's interpreter, TRITON_INTERPRET=1, kernels run on the CPU, and without it on a GPU")
+    return torch.device(request.param)
+
+
+def case(device, **fields):
+    config = small_config(mhc_sinkhorn_iters=2, **fields)
+    params = disturbed(fn.init(config, dtype=torch.float64))
+    batch = random_batch(config, 2, 7, ignored=0.3)
+    expected = torch.func.grad(fn.loss)(params, batch, config)
+    floor = 1e-2 * max(g.abs().max().item() for g in named_leaves(expected).values())
+    on_device = tree_map(lambda w: w.float().to(device), params)
+    return config, on_device, fn.Batch(*(x.to(device) for x in batch)), expected, floor
+
+
+def of_program(config, params, batch, kernels=TRITON, **options):
+    gradients = make_gradients(config, kernels, **options)
+    return gradients(params, [batch], 1 / fn.count_targets(batch.targets).clamp(min=1))
+
+
+def on_cpu(tree):
+    return tree_map(lambda x: x.cpu(), tree)
+
+
+@pytest.mark.parametrize(
+    ("preset", "remat"),
+    [("paper", "none"), ("paper", "mhc"), ("deepseek_v4", "full"), ("single_pass", "none"), ("single_pass", "mhc")],
+)
+def test_program_gradients_equal_those_of_the_loss(preset, remat, device):
+    config, params, batch, expected, floor = case(device, mhc_preset=preset, num_layers=2, mhc_flows=3)
+    result = of_program(config, params, batch, remat=remat)
+    assert_trees_close(on_cpu(result.grads), expected, 1e-5, floor)
+    reference = of_program(config, params, batch, fn.REFERENCE, remat=remat)
+    assert_trees_close(on_cpu(result.sampled), on_cpu(reference.sampled), 1e-5)
+
+
+@pytest.mark.parametrize("preset", ["paper", "single_pass"])
+def test_the_functions_take_it_too(preset, device):
+    config, params, batch, expected, floor = case(device, mhc_preset=preset, num_layers=1)
+
+    def loss(params):
+        logits = fn.forward(params, batch.tokens, config, TRITON)
+        return fn.token_loss_sum(logits, batch.targets) / fn.count_targets(batch.targets)
+
+    assert_trees_close(on_cpu(torch.func.grad(loss)(params)), expected, 1e-5, floor)
+    backbone = [fn.backbone(params, batch.tokens, config, kernels) for kernels in (TRITON, fn.REFERENCE)]
+    assert_trees_close(*(on_cpu(b) for b in backbone), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_shape_checks")
+def test_compiled_program_gradients_equal_those_of_the_loss(device):
+    config, params, batch, expected, floor = case(device, num_layers=2)
+    result = of_program(config, params, batch, compiled=True)
+    assert_trees_close(on_cpu(result.grads), expected, 1e-4, floor)
+
+
+def test_a_swiglu_of_another_kind_gets_a_normed_input(device):
+    config, params, batch, expected, floor = case(device, num_layers=1)
+    own = TRITON._replace(swiglu=lambda *inputs: fn.swiglu(*inputs))
+    assert_trees_close(on_cpu(of_program(config, params, batch, own).grads), expected, 1e-5, floor)
+
+
+def test_attention_by_two_halves_goes_with_it(device):
+    config, params, batch, _, _ = case(device, num_layers=1)
+    calls = []
+
+    def forward(q, k, v):
+        calls.append("forward")
+        return fn.causal_attention(q, k, v), ()
+
+    def backward(inputs, saved, g):
+        calls.append("backward")
+        return torch.func.vjp(fn.causal_attention, *inputs)[1](g)
+
+    own = TRITON._replace(attention=Differentiable(fn.causal_attention, forward, backward))
+    of_program(config, params, batch, own)
+    assert calls == ["forward", "backward"]
+
+
+def test_bf16_is_near_the_reference(device):
+    config, params, batch, expected, floor = case(device, num_layers=2)
+    low = fn.cast(params, config, torch.bfloat16)
+    assert_trees_close(on_cpu(of_program(config, low, batch).grads), expected, 0.1, floor)
+
+
+def test_a_model_that_it_does_not_serve_is_refused():
+    for fields in (dict(mhc_preset="hc"), dict(hidden_dim=24, num_heads=2), dict(mhc_sinkhorn_iters=65)):
+        config = small_config(**fields)
+        with pytest.raises(ValueError, match="do not serve this model"):
+            make_functions(config, TRITON, "none")
+    make_functions(small_config(mhc_enabled=False), TRITON, "none")
