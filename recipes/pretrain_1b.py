@@ -18,7 +18,7 @@ def main(run: RunConfig) -> None:
         with first_before_others(ranks):
             data = read(run.token_folder, tokenizer, run.model.vocab_size)
         start = starting_point(run, checkpoint, data, device, ranks)
-        conduct(run, start, data, plan, device, ranks, checkpoint)
+        conduct(run, start, data, plan, ranks, checkpoint)
 
 
 if __name__ == "__main__":

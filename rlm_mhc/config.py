@@ -186,8 +186,10 @@ class TrainConfig:
     `mixed_precision` `bf16` and `fp16` keep fp32 weights and compute on a copy; mHC stays in fp32. `remat` says what a
     layer keeps for its backward: `none` recomputes nothing that is dear, `mhc` all streams but every few layers',
     `full` the whole layer; `gradient_checkpointing=True` means `full`. `attention` names the library whose fused
-    kernels are run. After `max_bad_steps` in a row without a finite loss and gradient, none of which updates, a run
-    ends; a loss more than `spike_sigmas` standard deviations above the mean of the last ones is reported (None: never).
+    kernels are run, `kernels` what mixes the streams of mHC: the reference, the Triton kernels, or what
+    `rlm_mhc.train.kernels` picks. After `max_bad_steps` in a row without a finite loss and gradient, none of which
+    updates, a run ends; a loss more than `spike_sigmas` standard deviations above the mean of the last ones is reported
+    (None: never).
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -205,6 +207,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     remat: str = one_of("none", "mhc", "full")
     attention: str = one_of("torch", "flash_attn")
+    kernels: str = one_of("auto", "reference", "triton")
     max_grad_norm: float = positive(1.0)
     max_bad_steps: int = at_least(1, 10)
     spike_sigmas: float | None = positive(6.0)

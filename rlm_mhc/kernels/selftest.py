@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.mhc import mhc_aggregate, mhc_combine, mhc_mappings
 from rlm_mhc.fn.norm import rms_norm
 from rlm_mhc.kernels.mix_post import mix_post
@@ -28,8 +29,7 @@ OUTPUTS = {
     + ("normed", "pre", "post", "res") * (name != "mix_post")
     for name in ARGUMENTS
 }
-# A fixed, awkward size: neither streams nor width nor tokens fill their blocks.
-SELF_TEST: dict[str, int] = dict(n=3, c=80, tokens=67)
+TOKENS = 67  # which fill no block
 LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -112,12 +112,18 @@ def _error(actual: Tensor, exact: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def self_test(device: torch.device, dtype: torch.dtype, num_iters: int = 20) -> str | None:
-    """What is wrong with the fused ops on a device in a dtype, or None; a fixed case of each, checked in float64."""
-    for name in ARGUMENTS:
-        inputs = draw_inputs(name, **SELF_TEST, dtype=dtype, device=device)
-        sinkhorn_eps = 1e-6 if name.startswith("single_pass") else 0.0
-        found = errors(name, inputs, Settings(num_iters, 1e-6, sinkhorn_eps))
+def self_test(
+    device: torch.device, dtype: torch.dtype, settings: Settings, model: ModelConfig | None = None
+) -> str | None:
+    """What is wrong with the fused ops on a device in a dtype, or None: outputs and gradients of fixed random numbers.
+
+    The sizes and the ops are those that a model runs; without one all ops in awkward sizes.
+    """
+    n, c = (model.mhc_flows, model.hidden_dim) if model else (3, 80)
+    early = model is not None and PRESETS[model.mhc_preset].early_pre
+    names = [name for name in ARGUMENTS if not model or name == "mix_post" or name.startswith("single_pass") == early]
+    for name in names:
+        found = errors(name, draw_inputs(name, n, c, TOKENS, dtype, device), settings)
         worst = max(found, key=lambda key: found[key])
         if not found[worst] <= LARGEST_ERROR[dtype]:
             return f"{name}: {worst} is off by {found[worst]:.1e} of its largest entry"

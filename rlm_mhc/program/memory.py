@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.fn.kernels import REFERENCE
+from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import init
 from rlm_mhc.program.functions import make_functions, stored_every
@@ -42,20 +42,22 @@ def count_activations(
     compute: torch.dtype,
     remat: str,
     device: str,
+    kernels: Kernels = REFERENCE,
     *,
     embedding_trained: bool = True,
 ) -> Activations:
     """What one microbatch of a step needs beyond weights, gradients and optimizer.
 
-    `kept` is exact. The head works with a chunk's logits and their cotangent, a layer's backward with its own
-    cotangents, the fp32 copies that its mappings are computed from, and whatever `remat` builds again.
+    `kept` is exact, that of fused mixing too. The head works with a chunk's logits and their cotangent, a layer's
+    backward with its own cotangents, the fp32 copies that its mappings are computed from (of which fused mixing makes
+    none, but partial sums of `phi`'s gradient), and whatever `remat` builds again.
     """
     with FakeTensorMode():
         params = tree_map(
             lambda w: torch.empty_like(w, device="cpu"),
             init(config.replace(num_layers=1), device="meta", dtype=compute),
         )
-        run = make_functions(config, REFERENCE, "mhc" if remat == "mhc" else "none")
+        run = make_functions(config, kernels, "mhc" if remat == "mhc" else "none")
         cos, sin = rotary_table(torch.zeros(length, dtype=torch.int64), config.head_width)
         tokens = torch.zeros(batch_size, length, dtype=torch.int64)
         hidden = run.embed(params.embed_tokens.weight, tokens)
@@ -66,12 +68,21 @@ def count_activations(
     kept = math.ceil(layers / period) * state + (0 if remat == "full" else layers * layer)
     rebuilt = layer if remat == "full" else (period - 1) * state
     logits = chunk_tokens(tokens.numel(), config.vocab_size, device) * config.vocab_size
-    backward = 2 * state + (2 * wide if config.mhc_enabled else 0) + rebuilt
+    backward = 2 * state + _mixing(config, kernels, state, wide) + rebuilt
     matrix = compute.itemsize * config.vocab_size * config.hidden_dim
     embedding = 4 * config.vocab_size * config.hidden_dim
     if not embedding_trained:
         matrix = embedding = 0
     return Activations(kept, state + 4 * logits + matrix, max(backward, state + embedding))
+
+
+def _mixing(config: ModelConfig, kernels: Kernels, state: int, wide: int) -> int:
+    """What the backward of a sub-layer's mixing works with beside two states."""
+    if not config.mhc_enabled:
+        return 0
+    if kernels.mixing is None:
+        return 2 * wide
+    return 2 * state // config.mhc_flows + kernels.mixing.scratch(config)
 
 
 def _bytes(tree: Any) -> int:

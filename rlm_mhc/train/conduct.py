@@ -56,8 +56,8 @@ def announce(run: RunConfig, device: torch.device, ranks: Ranks) -> Plan:
     """
     check_compiler(device, run.training.compile)
     require_wandb(run.training.wandb)
-    pick_kernels(run.model, run.training, device)
-    plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world, run.adapters)
+    kernels = pick_kernels(run.model, run.training, device)
+    plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world, run.adapters, kernels)
     print(*plan.lines, sep="\n", flush=True)
     plan.require_memory()
     return plan
@@ -68,7 +68,6 @@ def conduct(
     start: Start,
     data: Prepared,
     plan: Plan,
-    device: torch.device,
     ranks: Ranks,
     checkpoint: Path | None,
 ) -> None:
@@ -79,7 +78,6 @@ def conduct(
         start: of `starting_point`.
         data: what to train and evaluate on.
         plan: of `announce`.
-        device: of `launched`.
         ranks: of `launched`.
         checkpoint: the one that the run goes on from, if any.
 
@@ -89,7 +87,7 @@ def conduct(
     """
     facts = {"config": repr(run), "code": code_version(), "data": data.fingerprint, **start.method.facts}
     require_agreement(ranks, lambda: {**facts, "state": checksum(start.state)})
-    step = _make_step(run, start.method.parametrization, device, ranks)
+    step = _make_step(run, plan, start.method.parametrization, ranks)
     if not ranks.is_first:
         with watch_signals(ranks) as signals:
             train(run, start, step, data, plan, ranks=ranks, signals=signals)
@@ -118,14 +116,12 @@ def conduct(
     print(f"written to   {folder} (curves.png, metrics.jsonl); newest checkpoint: {newest}")
 
 
-def _make_step(
-    run: RunConfig, parametrization: Parametrization | None, device: torch.device, ranks: Ranks
-) -> TrainStep:
+def _make_step(run: RunConfig, plan: Plan, parametrization: Parametrization | None, ranks: Ranks) -> TrainStep:
     return make_train_step(
         run.model,
         run.training,
         reduce=all_reduce if ranks.world > 1 else None,
-        kernels=pick_kernels(run.model, run.training, device),
+        kernels=plan.kernels,
         donate=True,
         announce=lambda number, of, name: print(f"compiling    {number}/{of}: {name} …", flush=True),
         parametrization=parametrization,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from rlm_mhc.config import LoraConfig, ModelConfig, TrainConfig
-from rlm_mhc.fn import count, init, lora_init
+from rlm_mhc.fn import REFERENCE, Kernels, count, init, lora_init
 from rlm_mhc.program.memory import count_activations
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.train.device import MEMORY_ADVICE, available_bytes, describe, peak_rate
@@ -20,7 +20,8 @@ TYPICAL_UTILISATION = {"cpu": 0.3, "cuda": 0.4}
 
 
 class Plan(NamedTuple):
-    """Sizes in bytes, work per update in floating-point operations, rates in operations per second."""
+    """Sizes in bytes, work per update in floating-point operations, rates in operations per second, and the kernels
+    that they are for."""
 
     params: int
     tokens_per_step: int
@@ -29,6 +30,7 @@ class Plan(NamedTuple):
     available: int | None
     peak_rate: float
     lines: tuple[str, ...]
+    kernels: Kernels = REFERENCE
 
     def require_memory(self) -> None:
         """Stop where memory cannot suffice.
@@ -51,6 +53,7 @@ def make_plan(
     device: torch.device,
     world: int = 1,
     lora: LoraConfig | None = None,
+    kernels: Kernels = REFERENCE,
 ) -> Plan:
     """Count parameters, tokens, operations and memory of a run with sequences of `length` tokens, of all weights or of
     adapters.
@@ -60,7 +63,7 @@ def make_plan(
     compute = COMPUTE_DTYPE[training.mixed_precision]
     total = count(config)
     available = available_bytes(device)
-    parts = _memory(config, training, length, device.type, available, lora)
+    parts = _memory(config, training, length, device.type, available, lora, kernels)
     tokens = training.sequences_per_step * length * world
     flops = flops_per_token(config, length) * tokens
     peak, basis = peak_rate(device, compute)
@@ -87,7 +90,7 @@ def make_plan(
         lines += (f"warning      this may not fit; {MEMORY_ADVICE}",)
     if config.ffn_width % 16:
         lines += (f"warning      model.ffn_dim={config.ffn_width} is no multiple of 16, which wastes tensor cores",)
-    return Plan(total, tokens, flops, parts, available, peak, lines)
+    return Plan(total, tokens, flops, parts, available, peak, lines, kernels)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
@@ -105,6 +108,7 @@ def _memory(
     device: str,
     available: int | None,
     lora: LoraConfig | None,
+    kernels: Kernels,
 ) -> dict[str, int]:
     compute = COMPUTE_DTYPE[training.mixed_precision]
     masters = 4 * (_adapted(config, lora) if lora else count(config))
@@ -117,7 +121,7 @@ def _memory(
         return parts | {"activations": least, "runtime": RESERVED_BYTES}
     remat = training.remat_policy(config)
     activations = count_activations(
-        config, training.batch_size, length, compute, remat, device, embedding_trained=lora is None
+        config, training.batch_size, length, compute, remat, device, kernels, embedding_trained=lora is None
     )
     if lora:
         # A layer merged and its gradients in fp32; while it is evaluated or saved, all layers merged.

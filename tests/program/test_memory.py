@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from rlm_mhc import TrainConfig, fn
+from rlm_mhc.kernels.launch import interpreted
+from rlm_mhc.kernels.mixing import TRITON
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.functions import make_functions
 from rlm_mhc.program.memory import count_activations
@@ -14,10 +16,12 @@ from rlm_mhc.tree import named_leaves, tree_leaves
 SHAPE = dict(hidden_dim=128, num_layers=6, num_heads=4, num_kv_heads=4, ffn_dim=384, vocab_size=1024)
 
 
-@pytest.mark.parametrize("mhc", [True, False])
-def test_what_is_kept_is_counted_exactly(mhc):
-    config = small_config(**SHAPE, mhc_enabled=mhc)
-    run = make_functions(config, fn.REFERENCE, "none")
+@pytest.mark.parametrize(("mhc", "kernels"), [(True, fn.REFERENCE), (True, TRITON), (False, fn.REFERENCE)])
+def test_what_is_kept_is_counted_exactly(mhc, kernels):
+    if kernels is TRITON and not interpreted():
+        pytest.skip("fused mixing runs on the CPU in Triton's interpreter alone")
+    config = small_config(**SHAPE, mhc_enabled=mhc, mhc_sinkhorn_iters=2)
+    run = make_functions(config, kernels, "none")
     params, tokens = fn.init(config), random_batch(config, 4, 64).tokens
     cos, sin = fn.rotary_table(torch.arange(64), config.head_width)
     hidden = run.embed(params.embed_tokens.weight, tokens)
@@ -27,7 +31,7 @@ def test_what_is_kept_is_counted_exactly(mhc):
         hidden, kept, _ = run.forward(named_leaves(layer) | {"cos": cos, "sin": sin}, hidden)
         alive += tree_leaves(kept)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
-    assert count_activations(config, 4, 64, torch.float32, "none", "cpu").kept == sum(storages.values())
+    assert count_activations(config, 4, 64, torch.float32, "none", "cpu", kernels).kept == sum(storages.values())
 
 
 @pytest.mark.slow

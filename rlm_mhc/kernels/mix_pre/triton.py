@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
 from rlm_mhc.kernels.mix_post.triton import combine, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_pre.tiling import LEAST_COLUMNS
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn
 from rlm_mhc.kernels.tiles import dot_wide
 
-LEAST_COLUMNS = 16  # of a tile in a matrix product
 MOST_AT_ONCE = 8  # streams in the registers of one program; with more of them it takes one after the other
 
 

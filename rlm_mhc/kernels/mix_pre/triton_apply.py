@@ -10,13 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two
+from rlm_mhc.kernels.launch import on_device
 from rlm_mhc.kernels.mix_post.triton import combine, load_streams, mixed_stream
-from rlm_mhc.kernels.mix_pre.triton import LEAST_COLUMNS
+from rlm_mhc.kernels.mix_pre.tiling import apply_grid, apply_tile
 from rlm_mhc.kernels.tiles import dot_wide
-
-PROGRAMS = 1024
-MOST_AT_ONCE = 4  # streams in the registers of one program; with more of them there is a program for each
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -113,28 +110,17 @@ def to_streams(
     """The cotangents of the streams and of `phi`; `more` is another one of the streams, with `res` by `resᵀ`."""
     tokens, n, c = x.shape
     raw = phi.shape[-1]
-    tile = _apply_tile(n, raw, x.dtype)
+    tile = apply_tile(n, raw, x.dtype)
     if res is not None and tile["G"] < n:
         more, res = combine(more, None, None, res, transposed=True), None
     out = torch.empty_like(x)
-    across = (n // tile["G"] * blocks(c, tile["BC"]), blocks(raw, tile["MB"]))
-    splits = max(1, min(PROGRAMS // (across[0] * across[1]), blocks(tokens, tile["BT"])))
-    partial = phi.new_empty(splits, n * c, raw)
+    grid = apply_grid(n, c, raw, tokens, tile)
+    partial = phi.new_empty(grid[1], n * c, raw)
     half = x.dtype != torch.float32
     options: dict[str, Any] = dict(MORE="" if more is None else "add" if res is None else "mix")
     with on_device(x):
-        apply_kernel[(across[0], splits, across[1])](
+        apply_kernel[grid](
             x, pre, phi, g_u, g_product, inner, more, res, out, partial, tokens, C=c, N=n, M=raw, **tile, **options,
             PRECISION="tf32" if half else "ieee", num_warps=8,
         )  # fmt: skip
     return out, partial.sum(0)
-
-
-def _apply_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles such that the sums for `phi`, `G · BC · MB` numbers, stay in registers."""
-    columns = power_of_two(raw, LEAST_COLUMNS)
-    if interpreted():
-        return dict(BT=128, BC=64, MB=max(LEAST_COLUMNS, columns // 2), G=n if n <= MOST_AT_ONCE else 1)
-    if n > MOST_AT_ONCE:
-        return dict(BT=32, BC=64, MB=min(columns, 64), G=1)
-    return dict(BT=32, BC=64 if dtype == torch.bfloat16 else 32, MB=columns, G=n)

@@ -1,0 +1,8 @@
+"""Where the Triton kernels are known to be right: what `training.kernels=auto` goes by."""
+
+PROVEN: dict[tuple[int, int], str] = {}
+"""Compute capability of a GPU to the file under `recipes/results/` that records their tests passing on one.
+
+`python recipes/benchmark.py kernels` writes such files; a test holds this table to them. It is empty: they have not
+run on a GPU yet.
+"""

@@ -1,0 +1,106 @@
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlm_mhc import TrainConfig
+from rlm_mhc.kernels import selftest
+from rlm_mhc.kernels.mixing import MIXING
+from rlm_mhc.kernels.proven import PROVEN
+from rlm_mhc.testing import small_config
+from rlm_mhc.train.kernels import pick_kernels
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+RESULTS = Path(__file__).parents[2] / "recipes" / "results"
+
+
+def pick(device=CPU, model=None, **fields):
+    return pick_kernels(model or small_config(), TrainConfig(mixed_precision="fp32", **fields), device)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What is asked of a GPU before a kernel is launched on it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setitem(PROVEN, (9, 0), "kernels_of_a_test.json")
+    outcome = []
+    monkeypatch.setattr(selftest, "self_test", lambda *arguments: outcome[0])
+    return outcome
+
+
+def test_auto_on_a_cpu_is_the_reference_and_says_why(capsys):
+    assert pick().mixing is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "mixing       reference: the Triton kernels are for CUDA, and this is cpu"
+
+
+def test_auto_takes_triton_where_it_is_proven_and_passes(gpu, capsys):
+    gpu.append(None)
+    assert pick(CUDA).mixing is MIXING
+    out = capsys.readouterr().out
+    assert "Triton kernels: self-test passed in" in out
+    assert "kernels_of_a_test.json" in out
+
+
+def test_auto_stays_on_the_reference_where_no_result_shows_the_tests_passing(gpu, monkeypatch, capsys):
+    monkeypatch.delitem(PROVEN, (9, 0))
+    assert pick(CUDA).mixing is None
+    assert "compute capability 9.0" in capsys.readouterr().out
+
+
+def test_a_failed_self_test_is_never_silent(gpu, capsys):
+    gpu.append("mix_pre: res is off by 1.0e+00 of its largest entry")
+    with pytest.warns(UserWarning, match="fail their self-test, the reference mixes: mix_pre"):
+        assert pick(CUDA).mixing is None
+    assert "failed their self-test" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="fail their self-test: mix_pre"):
+        pick(CUDA, kernels="triton")
+
+
+def test_what_a_self_test_raises_counts_as_a_failure(gpu, monkeypatch):
+    monkeypatch.setattr(selftest, "self_test", lambda *arguments: 1 / 0)
+    with pytest.warns(UserWarning, match="ZeroDivisionError"):
+        assert pick(CUDA).mixing is None
+
+
+def test_auto_keeps_the_reference_for_a_model_that_triton_does_not_serve(gpu, capsys):
+    assert pick(CUDA, small_config(mhc_preset="kron")).mixing is None
+    assert "mhc_preset='kron'" in capsys.readouterr().out
+
+
+def test_triton_by_name_refuses_what_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"run on CUDA.*TRITON_INTERPRET=1"):
+        pick(kernels="triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(ValueError, match=r"7\.5: the Triton kernels need 8\.0"):
+        pick(CUDA, kernels="triton")
+    with pytest.raises(ValueError, match="do not serve this model"):
+        pick(CUDA, small_config(mhc_preset="hc"), kernels="triton")
+    with pytest.raises(ValueError, match="the model has none"):
+        pick(model=small_config(mhc_enabled=False), kernels="triton")
+
+
+def test_reference_by_name_and_without_mhc(capsys):
+    assert pick(kernels="reference").mixing is None
+    assert "reference: training.kernels=reference" in capsys.readouterr().out
+    assert pick(model=small_config(mhc_enabled=False)).mixing is None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+def test_triton_by_name_in_the_interpreter_passes_its_self_test():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert pick(model=small_config(mhc_sinkhorn_iters=2), kernels="triton").mixing is MIXING
+
+
+def test_what_is_called_proven_is_what_committed_results_show():
+    shown = {}
+    for file in sorted(RESULTS.glob("kernels_*.json")):
+        result = json.loads(file.read_text())
+        if result["tests_passed"]:
+            shown[tuple(result["capability"])] = file.name
+    assert shown == PROVEN
