@@ -29,7 +29,7 @@ from rlm_mhc.program import make_train_step
 from rlm_mhc.program.monitors import join, mhc_metrics, sample
 from rlm_mhc.program.precision import init_loss_scale
 from rlm_mhc.program.state import resume_train_state
-from rlm_mhc.testing.measure import provenance, timed, write_result
+from rlm_mhc.testing.measure import copy_bandwidth, provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command, pick_device
@@ -229,13 +229,6 @@ def measure(found: list[Subject], device: torch.device, rounds: int) -> None:
             timed(step, device)
             subject.times.append(timed(step, device, STEPS_PER_ROUND[device.type]))
             del step
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of a large tensor reads and writes, the best of several."""
-    source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def monitors_seconds(run: BenchmarkConfig, device: torch.device) -> float:

@@ -29,6 +29,13 @@ def timed(call: Callable[[], object], device: torch.device, count: int = 1) -> f
     return (time.perf_counter() - start) / count
 
 
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes, the best of several."""
+    source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+
+
 def provenance(device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
     """Date, command line, device, processor, and the versions of Python and of those packages that are installed."""
     versions = {package: _version(package) for package in packages}

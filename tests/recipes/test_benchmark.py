@@ -1,6 +1,13 @@
 import json
+import runpy
+from pathlib import Path
 
 import pytest
+import torch
+
+from rlm_mhc.kernels.selftest import ARGUMENTS
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.mark.slow
@@ -43,6 +50,32 @@ def test_the_first_step_alone_prints_seconds(recipe):
     result = recipe("benchmark", *small, "only_first_step=true", "model.mhc_enabled=false")
     assert result.code == 0, result.err
     assert float(result.out.strip().splitlines()[-1]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+def test_the_kernels_are_run_through_in_the_interpreter(recipe, tmp_path):
+    arguments = ["smoke=true", "device=cpu", "dtype=fp32", "iterations=3", "rounds=1", f"output_dir={tmp_path}"]
+    result = recipe("benchmark_kernels", *arguments)
+    assert result.code == 0, result.err
+    written = json.loads((tmp_path / "kernels_cpu_smoke_fp32.json").read_text())
+    assert written["smoke"]
+    assert not written["tests_passed"]
+    ops = {size["op"]: size["rows"]["ours"]["error"] for size in written["sizes"]}
+    assert ops.keys() == {*ARGUMENTS, "sub_layer"}
+    assert max(ops.values()) < 2e-5
+
+
+def test_the_bytes_of_an_op_are_those_of_its_readme():
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    n, c, tokens, size, raw = 4, 64, 10, 2, 24
+    forward, backward = names["bytes_to_move"]("mix_post", n, c, tokens, size)
+    assert forward == tokens * ((2 * n + 1) * c * size + 4 * raw)
+    assert backward == tokens * ((3 * n + 2) * c * size + 8 * raw)
+
+
+def test_kernels_are_not_measured_without_a_gpu(recipe):
+    if not torch.cuda.is_available():
+        assert "measured on a CUDA device" in recipe("benchmark_kernels").last_error
 
 
 def test_nonsense_is_one_line(recipe):

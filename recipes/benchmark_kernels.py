@@ -1,0 +1,279 @@
+"""The fused mixing beside the compiled reference and others: `python recipes/benchmark.py kernels [key=value …]`.
+
+First the tests of the kernels on the GPU, then times. Prints a table and writes all of it as JSON, which is what
+`training.kernels=auto` goes by once it is committed and named in `rlm_mhc/kernels/proven.py`. Run it on an otherwise
+idle GPU: times are medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
+"""
+
+import dataclasses
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlm_mhc.kernels.launch import interpreted, require_triton
+from rlm_mhc.kernels.mix_pre import Settings
+from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, WEIGHTS, draw_inputs, fused, reference
+from rlm_mhc.testing.measure import copy_bandwidth, provenance, timed, write_result
+from rlm_mhc.train import command, pick_device
+from rlm_mhc.validation import at_least, check, one_of
+
+ROOT = Path(__file__).parents[1]
+DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS, STREAMS, TOKENS = (768, 2048, 4096), (2, 4, 8), (4096, 16384, 32768)
+SMOKE = ((32,), (2,), (5,))
+TOKENS_TO_COMPARE = 512
+SUB_LAYER = "sub_layer"
+ARGUMENTS_OF = {**ARGUMENTS, SUB_LAYER: ("streams", "output", *WEIGHTS)}
+OURS, COMPILED, LIGER, TILE = "ours", "compiled reference", "Liger-Kernel", "TileKernels"
+Op = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """What to measure."""
+
+    dtype: str = one_of("bf16", "fp16", "fp32")
+    iterations: int = at_least(1, 20)
+    rounds: int = at_least(1, 15)
+    tests: bool = True
+    smoke: bool = False
+    device: str = one_of("auto", "cpu", "cuda")
+    output_dir: str = "recipes/results"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def ours(name: str, settings: Settings) -> Op:
+    """The fused op of a name; of the sub-layer `mix_pre`, then `mix_post` of an output that is given."""
+    if name != SUB_LAYER:
+        return fused(name, settings)
+    return sub_layer_of(fused("mix_pre", settings), fused("mix_post", settings))
+
+
+def plain(name: str, settings: Settings) -> Op:
+    """The same by the functions of `rlm_mhc.fn`."""
+    if name != SUB_LAYER:
+        return reference(name, settings)
+    return sub_layer_of(reference("mix_pre", settings), reference("mix_post", settings))
+
+
+def sub_layer_of(pre: Op, post: Op) -> Op:
+    """`(normed, mixed)` of a sub-layer whose output does not depend on its input."""
+
+    def run(streams: Tensor, output: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        normed, _, own_post, res = pre(streams, *weights)
+        return normed, *post(streams, output, own_post, res)
+
+    return run
+
+
+def liger(settings: Settings) -> Op:
+    """Liger-Kernel's three functions, with PyTorch's RMS norm of what the sub-layer reads."""
+    from liger_kernel.transformers import functional as theirs
+
+    def run(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        how = dict(tmax=settings.num_iters, rms_eps=settings.eps, allow_fp32=streams.dtype == torch.float32)
+        pre, post, res = theirs.liger_mhc_coeffs(streams[None], phi, bias, *alpha.unbind(), **how)
+        u = theirs.liger_mhc_pre(streams[None], pre)[0].to(streams.dtype)
+        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
+        return normed, theirs.liger_mhc_post_res(streams[None], output[None], post, res)[0]
+
+    return run
+
+
+def tile_kernels(settings: Settings) -> Op:
+    """TileKernels' two functions (4 streams in bf16), with PyTorch's RMS norm of what the sub-layer reads."""
+    from tile_kernels.modeling.mhc.functional import mhc_pre
+    from tile_kernels.modeling.mhc.ops.post import mhc_post
+
+    def run(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        how = dict(norm_eps=settings.eps, post_mult_value=2.0, sinkhorn_repeat=settings.num_iters)
+        u, (post, res) = mhc_pre(streams, phi.mT.contiguous(), alpha, bias, mhc_mult=streams.shape[-2], **how)
+        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
+        return normed, mhc_post(output, streams, post, res)
+
+    return run
+
+
+PEERS: dict[str, Callable[[Settings], Op]] = {LIGER: liger, TILE: tile_kernels}
+
+
+def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tuple[int, int]:
+    """What forward and backward must read and write at least, all weights once; see the ops' READMEs."""
+    raw, given = 2 * n + n * n, 4 * n * tokens * name.startswith("single_pass")
+    mappings, phi = 4 * tokens * raw, 4 * n * c * raw
+    streams = c * itemsize * tokens
+    post = (2 * n + 1) * streams + mappings, (3 * n + 2) * streams + 2 * mappings
+    pre = (n + 1) * streams + mappings + phi, (2 * n + 1) * streams + 2 * mappings + 2 * phi
+    if name == "mix_post":
+        return post
+    if name == SUB_LAYER:
+        return post[0] + pre[0], post[1] + pre[1]
+    if name.endswith("post_pre"):
+        both = (2 * n + 2) * streams + 2 * mappings + phi, (3 * n + 3) * streams + 4 * mappings + 2 * phi
+        return both[0] + given, both[1] + 2 * given
+    return pre[0] + given, pre[1] + 2 * given
+
+
+def halves(run: Op, inputs: dict[str, Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A forward that keeps what the backward needs, and the backward alone."""
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    outputs = run(*leaves)
+    cotangents = [torch.randn_like(x) for x in outputs]
+    return lambda: run(*leaves), lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+
+
+def error(run: Op, exact: Op, inputs: dict[str, Tensor]) -> float:
+    """The largest error of any output or gradient against float64, relative to its largest entry."""
+
+    def everything(run: Op, values: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in values]
+        outputs = run(*leaves)
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+
+    pairs = zip(
+        everything(run, [*inputs.values()]), everything(exact, [x.double() for x in inputs.values()]), strict=True
+    )
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def candidates(name: str, settings: Settings, smoke: bool) -> tuple[dict[str, Op], dict[str, str]]:
+    """Implementations of an op by name, and why others are left out."""
+    found, left_out = {OURS: ours(name, settings)}, {}
+    if not smoke:
+        torch.compiler.reset()  # a shape at a time: with more of them it would give up on compiling
+        found[COMPILED] = torch.compile(plain(name, settings), fullgraph=True, dynamic=False)
+    for peer, make in PEERS.items() if name == SUB_LAYER else ():
+        try:
+            found[peer] = make(settings)
+        except ImportError as reason:
+            left_out[peer] = f"not installed ({reason})"
+    return found, left_out
+
+
+def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: torch.device) -> dict[str, Any]:
+    """One op at one size, all implementations in turn, round by round."""
+    settings, dtype = Settings(run.iterations, 1e-6, 0.0), DTYPE[run.dtype]
+    drawn = {
+        **draw_inputs("mix_post_pre", n, c, tokens, dtype, device),
+        **draw_inputs("single_pass_pre", n, c, tokens, dtype, device),
+    }
+    inputs = {key: drawn[key] for key in ARGUMENTS_OF[name]}
+    few = {
+        key: x[:TOKENS_TO_COMPARE] if key in ("streams", "output", "given", *COMBINE) else x
+        for key, x in inputs.items()
+    }
+    found, left_out = candidates(name, settings, run.smoke)
+    ready, errors = {}, {}
+    for who, op in found.items():
+        try:
+            errors[who] = error(op, plain(name, settings), few)
+            ready[who] = halves(op, inputs)
+            for half in ready[who]:
+                half()
+        except Exception as reason:  # a peer may refuse a size in any way, and the rest goes on
+            if who == OURS:
+                raise
+            left_out[who] = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
+    times: dict[str, list[list[float]]] = {who: [[], []] for who in ready}
+    for _ in range(run.rounds):
+        for who, both in ready.items():
+            for half, own in zip(both, times[who], strict=True):
+                own.append(timed(half, device, 1 if run.smoke else 10))
+    must_move = bytes_to_move(name, n, c, tokens, dtype.itemsize)
+    rows = {
+        who: {
+            "forward_ms": 1e3 * statistics.median(own[0]),
+            "backward_ms": 1e3 * statistics.median(own[1]),
+            "error": errors[who],
+            "ours_faster": statistics.median((a + b) / (x + y) for a, b, x, y in zip(*own, *times[OURS], strict=True)),
+        }
+        for who, own in times.items()
+    }
+    sizes = {"op": name, "n": n, "c": c, "tokens": tokens}
+    return {**sizes, "forward_bytes": must_move[0], "backward_bytes": must_move[1], "rows": rows, "left_out": left_out}
+
+
+def run_tests() -> dict[str, int]:
+    """The tests of the kernels on this GPU: how many passed, failed and were skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        arguments = ["-m", "gpu", "-q", "tests/kernels", "tests/train/test_kernels.py", f"--junitxml={report}"]
+        subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+        suites = ElementTree.parse(report).getroot().iter("testsuite")
+        counts = [
+            {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")} for suite in suites
+        ]
+    total = {key: sum(count[key] for count in counts) for key in counts[0]}
+    failed = total["failures"] + total["errors"]
+    return {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    bandwidth = 1e9 * result["copy_gb_per_s"]
+    lines = [f"{result['device']}, {result['dtype']}, {result['date']}; copy {result['copy_gb_per_s']:.0f} GB/s"]
+    head = ("fwd ms", "of copy", "bwd ms", "of copy", "error", "ours is")
+    lines.append(f"{'op':<22}{'n':>3}{'c':>6}{'tokens':>8}  {'':<20}" + "".join(f"{word:>9}" for word in head))
+    for m in result["sizes"]:
+        for who, r in m["rows"].items():
+            shares = [m[f"{half}_bytes"] / (1e-3 * r[f"{half}_ms"] * bandwidth) for half in ("forward", "backward")]
+            lines.append(
+                f"{m['op']:<22}{m['n']:>3}{m['c']:>6}{m['tokens']:>8}  {who:<20}"
+                f"{r['forward_ms']:>9.3f}{shares[0]:>9.1%}{r['backward_ms']:>9.3f}{shares[1]:>9.1%}"
+                f"{r['error']:>9.0e}{r['ours_faster']:>8.2f}×"
+            )
+    reasons = {f"{who}: {why}" for m in result["sizes"] for who, why in m["left_out"].items()}
+    return "\n".join([*lines, *(f"left out {reason}" for reason in sorted(reasons))])
+
+
+def main(run: KernelsConfig) -> int:
+    """Test, measure, print, write; 1 where a test failed."""
+    device = pick_device(run.device)
+    if device.type != "cuda" and not (run.smoke and interpreted()):
+        raise ValueError(
+            "the kernels are measured on a CUDA device, and this is none; smoke=true with TRITON_INTERPRET=1 runs "
+            "through one tiny size without measuring anything"
+        )
+    require_triton(device)
+    tests = run_tests() if run.tests and not run.smoke else {}
+    widths, streams, tokens = SMOKE if run.smoke else (WIDTHS, STREAMS, TOKENS)
+    sizes = [(name, n, c, t) for name in ARGUMENTS_OF for c in widths for n in streams for t in tokens]
+    measured = []
+    for number, (name, n, c, t) in enumerate(sizes, 1):
+        print(f"{number}/{len(sizes)}: {name}, n {n}, c {c}, {t} tokens", file=sys.stderr, flush=True)
+        measured.append(measure(run, name, n, c, t, device))
+    capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    result = {
+        **provenance(device, ["torch", "triton", "liger_kernel", "tile_kernels"]),
+        "command": " ".join(["python recipes/benchmark.py kernels", *sys.argv[1:]]),
+        "smoke": run.smoke,
+        "capability": capability,
+        "tests": tests,
+        "tests_passed": bool(tests) and tests["passed"] > 0 and not tests["failed"],
+        "dtype": run.dtype,
+        "iterations": run.iterations,
+        "copy_gb_per_s": copy_bandwidth(device) / 1e9,
+        "sizes": measured,
+    }
+    print(table(result))
+    kind = "smoke" if capability is None else "".join(map(str, capability))
+    print(f"written to {write_result(run.output_dir, f'kernels_{device.type}_{kind}_{run.dtype}.json', result)}")
+    return 1 if tests.get("failed") else 0
+
+
+if __name__ == "__main__":
+    command(KernelsConfig, __file__, main)
