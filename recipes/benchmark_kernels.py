@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
@@ -33,7 +33,8 @@ SMOKE = ((32,), (2,), (5,))
 TOKENS_TO_COMPARE = 512
 SUB_LAYER = "sub_layer"
 ARGUMENTS_OF = {**ARGUMENTS, SUB_LAYER: ("streams", "output", *WEIGHTS)}
-OURS, COMPILED, LIGER, TILE = "ours", "compiled reference", "Liger-Kernel", "TileKernels"
+OURS, COMPILED = "ours", "compiled reference"
+LIGER, TRANSFORMER_ENGINE, TILE = "Liger-Kernel", "TransformerEngine", "TileKernels"
 Op = Callable[..., tuple[Tensor, ...]]
 
 
@@ -78,35 +79,93 @@ def sub_layer_of(pre: Op, post: Op) -> Op:
     return run
 
 
-def liger(settings: Settings) -> Op:
+class Implementation(NamedTuple):
+    """An op, and how its arguments become what it takes: that is neither timed nor charged to it."""
+
+    run: Op
+    arrange: Op = lambda *inputs: inputs
+
+
+def rows_first(phi: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """`phi` and `bias` of the transposed matrix: others normalise rows first, so theirs is the transpose of ours."""
+
+    def turned(x: Tensor) -> Tensor:
+        return torch.cat([x[..., : 2 * n], x[..., 2 * n :].unflatten(-1, (n, n)).mT.flatten(-2)], -1)
+
+    return turned(phi), turned(bias)
+
+
+def liger(settings: Settings) -> Implementation:
     """Liger-Kernel's three functions, with PyTorch's RMS norm of what the sub-layer reads."""
     from liger_kernel.transformers import functional as theirs
 
-    def run(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        how = dict(tmax=settings.num_iters, rms_eps=settings.eps, allow_fp32=streams.dtype == torch.float32)
-        pre, post, res = theirs.liger_mhc_coeffs(streams[None], phi, bias, *alpha.unbind(), **how)
-        u = theirs.liger_mhc_pre(streams[None], pre)[0].to(streams.dtype)
+    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        return streams[None], output[None], *rows_first(phi, bias, streams.shape[-2]), *alpha.unbind(), weight
+
+    def run(streams: Tensor, output: Tensor, phi: Tensor, bias: Tensor, *rest: Tensor) -> Any:
+        *alpha, weight = rest
+        how = dict(tmax=settings.num_iters, rms_eps=settings.eps, sinkhorn_eps=settings.sinkhorn_eps)
+        how |= dict(allow_fp32=streams.dtype == torch.float32)
+        pre, post, res = theirs.liger_mhc_coeffs(streams, phi, bias, *alpha, **how)
+        u = theirs.liger_mhc_pre(streams, pre)[0].to(streams.dtype)
         normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
-        return normed, theirs.liger_mhc_post_res(streams[None], output[None], post, res)[0]
+        return normed, theirs.liger_mhc_post_res(streams, output, post, res.mT)[0]
 
-    return run
+    return Implementation(run, arrange)
 
 
-def tile_kernels(settings: Settings) -> Op:
+def transformer_engine(settings: Settings) -> Implementation:
+    """TransformerEngine's five functions (4 streams, which are its innermost axis), with PyTorch's RMS norm.
+
+    The buffer is how it adds up the gradient of the streams without autograd.
+    """
+    from transformer_engine.pytorch.triton import mhc as theirs
+
+    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        _, n, c = streams.shape
+        phi, bias = rows_first(phi, bias, n)
+        phi = phi.view(n, c, -1).permute(2, 1, 0).flatten(1)
+        return streams.mT.contiguous()[None], output[None], phi, alpha, bias[None], weight
+
+    def run(x: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        _, tokens, c, n = x.shape
+        buffer = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        how = dict(use_tf32=x.dtype != torch.float32, fused_grad_x_acc_buffer=buffer)
+        raw, mean_square = theirs.mhc_fused_projection(x.view(tokens, c * n), phi, **how)
+        pre, post, res = theirs.mhc_fused_scale(raw, alpha, bias, mean_square, n)
+        res = theirs.mhc_fused_sinkhorn(res.view(1, tokens, n, n), n, iters=settings.num_iters)
+        u = theirs.mhc_fused_aggregate(x, pre.view(1, tokens, n), n, **how)[0]
+        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
+        mixed = theirs.mhc_fused_expand_combine(output, None, post.view(1, tokens, n), x, res, n, **how)
+        return normed, mixed[0].mT
+
+    return Implementation(run, arrange)
+
+
+def tile_kernels(settings: Settings) -> Implementation:
     """TileKernels' two functions (4 streams in bf16), with PyTorch's RMS norm of what the sub-layer reads."""
     from tile_kernels.modeling.mhc.functional import mhc_pre
     from tile_kernels.modeling.mhc.ops.post import mhc_post
 
+    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        phi, bias = rows_first(phi, bias, streams.shape[-2])
+        return streams[None], output[None], phi.mT.contiguous(), alpha, bias, weight
+
     def run(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        how = dict(norm_eps=settings.eps, post_mult_value=2.0, sinkhorn_repeat=settings.num_iters)
-        u, (post, res) = mhc_pre(streams, phi.mT.contiguous(), alpha, bias, mhc_mult=streams.shape[-2], **how)
-        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
-        return normed, mhc_post(output, streams, post, res)
+        how = dict(norm_eps=settings.eps, pre_eps=0.0, sinkhorn_eps=settings.sinkhorn_eps)
+        how |= dict(mhc_mult=streams.shape[-2], post_mult_value=2.0, sinkhorn_repeat=settings.num_iters)
+        u, (post, res) = mhc_pre(streams, phi, alpha, bias, **how)
+        normed = F.rms_norm(u[0], u.shape[-1:], weight, settings.eps)
+        return normed, mhc_post(output, streams, post, res)[0]
 
-    return run
+    return Implementation(run, arrange)
 
 
-PEERS: dict[str, Callable[[Settings], Op]] = {LIGER: liger, TILE: tile_kernels}
+PEERS: dict[str, Callable[[Settings], Implementation]] = {
+    LIGER: liger,
+    TRANSFORMER_ENGINE: transformer_engine,
+    TILE: tile_kernels,
+}
 
 
 def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tuple[int, int]:
@@ -126,15 +185,15 @@ def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tupl
     return pre[0] + given, pre[1] + 2 * given
 
 
-def halves(run: Op, inputs: dict[str, Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+def halves(op: Implementation, inputs: dict[str, Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
     """A forward that keeps what the backward needs, and the backward alone."""
-    leaves = [x.detach().requires_grad_() for x in inputs.values()]
-    outputs = run(*leaves)
+    leaves = [x.detach().requires_grad_() for x in op.arrange(*inputs.values())]
+    outputs = op.run(*leaves)
     cotangents = [torch.randn_like(x) for x in outputs]
-    return lambda: run(*leaves), lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+    return lambda: op.run(*leaves), lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
 
 
-def error(run: Op, exact: Op, inputs: dict[str, Tensor]) -> float:
+def error(op: Implementation, exact: Op, inputs: dict[str, Tensor]) -> float:
     """The largest error of any output or gradient against float64, relative to its largest entry."""
 
     def everything(run: Op, values: list[Tensor]) -> list[Tensor]:
@@ -144,18 +203,17 @@ def error(run: Op, exact: Op, inputs: dict[str, Tensor]) -> float:
         cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
         return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
-    pairs = zip(
-        everything(run, [*inputs.values()]), everything(exact, [x.double() for x in inputs.values()]), strict=True
-    )
-    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    ours = everything(lambda *leaves: op.run(*op.arrange(*leaves)), [*inputs.values()])
+    theirs = everything(exact, [x.double() for x in inputs.values()])
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-def candidates(name: str, settings: Settings, smoke: bool) -> tuple[dict[str, Op], dict[str, str]]:
+def candidates(name: str, settings: Settings, smoke: bool) -> tuple[dict[str, Implementation], dict[str, str]]:
     """Implementations of an op by name, and why others are left out."""
-    found, left_out = {OURS: ours(name, settings)}, {}
+    found, left_out = {OURS: Implementation(ours(name, settings))}, {}
     if not smoke:
         torch.compiler.reset()  # a shape at a time: with more of them it would give up on compiling
-        found[COMPILED] = torch.compile(plain(name, settings), fullgraph=True, dynamic=False)
+        found[COMPILED] = Implementation(torch.compile(plain(name, settings), fullgraph=True, dynamic=False))
     for peer, make in PEERS.items() if name == SUB_LAYER else ():
         try:
             found[peer] = make(settings)
@@ -258,7 +316,7 @@ def main(run: KernelsConfig) -> int:
         measured.append(measure(run, name, n, c, t, device))
     capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
     result = {
-        **provenance(device, ["torch", "triton", "liger_kernel", "tile_kernels"]),
+        **provenance(device, ["torch", "triton", "liger_kernel", "transformer_engine", "tile_kernels"]),
         "command": " ".join(["python recipes/benchmark.py kernels", *sys.argv[1:]]),
         "smoke": run.smoke,
         "capability": capability,

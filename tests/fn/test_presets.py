@@ -1,7 +1,5 @@
 """Each preset against code that is not ours: transformers' DeepSeek-V4, tile-kernels, hyper-connections."""
 
-import importlib.metadata
-import importlib.util
 
 import pytest
 import torch
@@ -134,19 +132,6 @@ def test_hc_is_that_of_hyper_connections():
     expected = module(streams.transpose(0, 1)).transpose(0, 1)  # theirs has the streams in the batch
     out, _ = fn.hyper_connection(params, streams, torch.tanh, small_config(mhc_preset="hc", norm_eps=1e-12))
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
-
-
-@pytest.fixture
-def tile_kernels():
-    """The plain-torch references of the package; itself it needs a GPU compiler to be imported."""
-    try:
-        file = importlib.metadata.distribution("tile-kernels").locate_file("tile_kernels/torch/mhc.py")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("tile-kernels is not installed")
-    spec = importlib.util.spec_from_file_location("tile_kernels_torch_mhc", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("n", [2, 4])
