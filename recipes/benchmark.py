@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
+from rlm_mhc.kernels.mixing import TRITON, refusal
 from rlm_mhc.program import make_train_step
 from rlm_mhc.program.monitors import join, mhc_metrics, sample
 from rlm_mhc.program.precision import init_loss_scale
@@ -40,6 +41,7 @@ from rlm_mhc.validation import at_least, check, one_of, section
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OTHERS = ("decode", "kernels")
+REMATS, FUSED = ("none", "mhc", "full"), "mHC, Triton kernels"
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 5}
 MIB = 1 << 20
 
@@ -80,7 +82,9 @@ class Subject:
     peak: int = 0
 
 
-def program(run: BenchmarkConfig, batch: fn.Batch, mhc: bool, remat: str) -> Callable[[], Callable[[], Tensor]]:
+def program(
+    run: BenchmarkConfig, batch: fn.Batch, mhc: bool, remat: str, kernels: fn.Kernels = fn.REFERENCE
+) -> Callable[[], Callable[[], Tensor]]:
     """Our train step."""
     device = batch.tokens.device
     config = run.model.replace(mhc_enabled=mhc)
@@ -90,7 +94,7 @@ def program(run: BenchmarkConfig, batch: fn.Batch, mhc: bool, remat: str) -> Cal
         mixed_precision=run.precision(device),
         remat=remat,
     )
-    step = make_train_step(config, training, donate=True)
+    step = make_train_step(config, training, kernels=kernels, donate=True)
 
     def start() -> Callable[[], Tensor]:
         torch.manual_seed(run.seed)
@@ -190,16 +194,18 @@ class Attention(nn.Module):
         return self.attention(self.norm(x), position_embeddings=rotary, attention_mask=None)[0]
 
 
-def subjects(run: BenchmarkConfig, batch: fn.Batch) -> list[Subject]:
-    """Everything that is measured side by side."""
+def subjects(run: BenchmarkConfig, batch: fn.Batch, device: torch.device) -> list[Subject]:
+    """Everything that is measured side by side; on CUDA with the Triton kernels too, where they serve the model."""
+    fused = device.type == "cuda" and importlib.util.find_spec("triton") and not refusal(run.model)
     with_mhc, without = (
         flops_per_token(run.model.replace(mhc_enabled=mhc), run.length) * batch.tokens.numel() for mhc in (True, False)
     )
     plain = run.model.replace(mhc_enabled=False)
     found = [
+        *(Subject(f"mHC, remat={remat}", program(run, batch, True, remat), with_mhc) for remat in REMATS),
         *(
-            Subject(f"mHC, remat={remat}", program(run, batch, True, remat), with_mhc)
-            for remat in ("none", "mhc", "full")
+            Subject(f"{FUSED}, remat={remat}", program(run, batch, True, remat, TRITON), with_mhc)
+            for remat in (REMATS if fused else ())
         ),
         Subject("no mHC", program(run, batch, False, "none"), without),
         Subject("transformers Llama, compiled", module(run, batch, lambda: torch.compile(Loss(llama(plain)))), without),
@@ -274,6 +280,8 @@ def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> 
     named = {subject.name: subject for subject in found}
     ours, plain, theirs = (named[name] for name in ("mHC, remat=none", "no mHC", "transformers Llama, compiled"))
     ratios = {"mHC / no mHC": ratio(ours, plain), "no mHC / transformers Llama": ratio(plain, theirs)}
+    if fused := named.get(f"{FUSED}, remat=none"):
+        ratios |= {f"{FUSED} / no mHC": ratio(fused, plain), f"mHC / {FUSED}": ratio(ours, fused)}
     if peer := named.get("hyper-connections, eager"):
         ratios["hyper-connections / mHC"] = ratio(peer, ours)
     n, c = run.model.mhc_flows, run.model.hidden_dim
@@ -301,7 +309,7 @@ def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> 
         "peak_basis": basis,
         "copy_gb_per_s": bandwidth / 1e9,
         "product_tflops": product_rate(device, dtype) / 1e12,
-        "mhc_extra_ms": 1e3 * (statistics.median(ours.times) - statistics.median(plain.times)),
+        "mhc_extra_ms": 1e3 * (statistics.median((fused or ours).times) - statistics.median(plain.times)),
         "mhc_floor_ms": 1e3 * moved / bandwidth,
         "monitors_ms": 1e3 * monitors_seconds(run, device),
         "first_step_s": {},
@@ -313,11 +321,11 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['device']}, {result['processor']}, {result['precision']}, {result['date']}"]
     lines.append(", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     lines.append(
-        f"{'':<30}{'first s':>9}{'ms/step':>9}{'best':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'peak MiB':>10}"
+        f"{'':<33}{'first s':>9}{'ms/step':>9}{'best':>8}{'tokens/s':>11}{'TFLOP/s':>9}{'MFU':>7}{'peak MiB':>10}"
     )
     for r in result["rows"]:
         lines.append(
-            f"{r['name']:<30}{r['first_step_s']:>9.1f}{r['step_ms']:>9.1f}{r['step_ms_min']:>8.1f}"
+            f"{r['name']:<33}{r['first_step_s']:>9.1f}{r['step_ms']:>9.1f}{r['step_ms_min']:>8.1f}"
             f"{r['tokens_per_s']:>11,.0f}{r['tflops']:>9.3f}{r['mfu']:>7.1%}{r['peak_mib']:>10,.0f}"
         )
     lines += [f"{name}: {value:.3f}" for name, value in result["ratios"].items()]
@@ -341,7 +349,7 @@ def main(run: BenchmarkConfig) -> None:
     if run.only_first_step:
         print(timed(program(run, batch, run.model.mhc_enabled, "none")(), device))
         return
-    found = subjects(run, batch)
+    found = subjects(run, batch, device)
     measure(found, device, run.rounds)
     result = report(run, found, device)
     print(table(result))

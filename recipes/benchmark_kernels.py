@@ -24,11 +24,10 @@ from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, WEIGHTS, draw_inputs, fused, reference
 from rlm_mhc.testing.measure import copy_bandwidth, provenance, timed, write_result
 from rlm_mhc.train import command, pick_device
-from rlm_mhc.validation import at_least, check, one_of
+from rlm_mhc.validation import at_least, check, one_of, some_of
 
 ROOT = Path(__file__).parents[1]
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTHS, STREAMS, TOKENS = (768, 2048, 4096), (2, 4, 8), (4096, 16384, 32768)
 SMOKE = ((32,), (2,), (5,))
 TOKENS_TO_COMPARE = 512
 SUB_LAYER = "sub_layer"
@@ -42,6 +41,10 @@ Op = Callable[..., tuple[Tensor, ...]]
 class KernelsConfig:
     """What to measure."""
 
+    ops: tuple[str, ...] = some_of(*ARGUMENTS_OF)
+    widths: tuple[int, ...] = some_of(768, 2048, 4096)
+    streams: tuple[int, ...] = some_of(2, 4, 8)
+    tokens: tuple[int, ...] = some_of(4096, 16384, 32768)
     dtype: str = one_of("bf16", "fp16", "fp32")
     iterations: int = at_least(1, 20)
     rounds: int = at_least(1, 15)
@@ -308,14 +311,10 @@ def main(run: KernelsConfig) -> int:
         )
     require_triton(device)
     tests = run_tests() if run.tests and not run.smoke else {}
-    widths, streams, tokens = SMOKE if run.smoke else (WIDTHS, STREAMS, TOKENS)
-    sizes = [(name, n, c, t) for name in ARGUMENTS_OF for c in widths for n in streams for t in tokens]
-    measured = []
-    for number, (name, n, c, t) in enumerate(sizes, 1):
-        print(f"{number}/{len(sizes)}: {name}, n {n}, c {c}, {t} tokens", file=sys.stderr, flush=True)
-        measured.append(measure(run, name, n, c, t, device))
+    widths, streams, tokens = SMOKE if run.smoke else (run.widths, run.streams, run.tokens)
+    sizes = [(name, n, c, t) for name in run.ops for c in widths for n in streams for t in tokens]
     capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    result = {
+    result: dict[str, Any] = {
         **provenance(device, ["torch", "triton", "liger_kernel", "transformer_engine", "tile_kernels"]),
         "command": " ".join(["python recipes/benchmark.py kernels", *sys.argv[1:]]),
         "smoke": run.smoke,
@@ -325,11 +324,16 @@ def main(run: KernelsConfig) -> int:
         "dtype": run.dtype,
         "iterations": run.iterations,
         "copy_gb_per_s": copy_bandwidth(device) / 1e9,
-        "sizes": measured,
+        "sizes": [],
     }
-    print(table(result))
     kind = "smoke" if capability is None else "".join(map(str, capability))
-    print(f"written to {write_result(run.output_dir, f'kernels_{device.type}_{kind}_{run.dtype}.json', result)}")
+    for number, (name, n, c, t) in enumerate(sizes, 1):
+        print(f"{number}/{len(sizes)}: {name}, n {n}, c {c}, {t} tokens", file=sys.stderr, flush=True)
+        result["sizes"].append(measure(run, name, n, c, t, device))
+        # After each size, so that a run that is cut short leaves what it has measured.
+        file = write_result(run.output_dir, f"kernels_{device.type}_{kind}_{run.dtype}.json", result)
+    print(table(result))
+    print(f"written to {file}")
     return 1 if tests.get("failed") else 0
 
 

@@ -35,8 +35,9 @@ def one_of(*allowed: str, later: Iterable[str] = (), optional: bool = False) -> 
     return dataclasses.field(default=default, metadata={"names": allowed, "later": tuple(later)})
 
 
-def some_of(*allowed: str) -> Any:
-    """A field of a list of names, at least one, each once, in the order of `allowed`; `all`, the default, is all."""
+def some_of(*allowed: str | int) -> Any:
+    """A field of a list of names or numbers, at least one, each once, in the order of `allowed`; `all`, the default,
+    is all."""
     return dataclasses.field(default=allowed, metadata={"some": allowed})
 
 
@@ -111,15 +112,16 @@ def _check_rule(name: str, value: Any, rule: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: expected {rule['allowed']}")
 
 
-def _some(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...]:
+def _some(name: str, value: Any, allowed: tuple[str | int, ...]) -> tuple[str | int, ...]:
     if value == "all":
         return allowed
+    known = [str(item) for item in allowed]
     chosen = [] if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable) else list(value)
     if not chosen:
-        raise ValueError(f"{name}={value!r}: expected all, or a list of {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r}: expected all, or a list of {', '.join(known)}")
     for item in chosen:
         if item not in allowed:
-            raise ValueError(f"{name}={value!r}: expected some of {', '.join(allowed)}{nearest(str(item), allowed)}")
+            raise ValueError(f"{name}={value!r}: expected some of {', '.join(known)}{nearest(str(item), known)}")
     return tuple(item for item in allowed if item in chosen)
 
 

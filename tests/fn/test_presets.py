@@ -1,6 +1,5 @@
 """Each preset against code that is not ours: transformers' DeepSeek-V4, tile-kernels, hyper-connections."""
 
-
 import pytest
 import torch
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as v4

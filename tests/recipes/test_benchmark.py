@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlm_mhc import fn
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, draw_inputs
 
@@ -44,6 +45,20 @@ def test_it_measures_everything_side_by_side(recipe, tmp_path):
     assert set(measured["ratios"]) >= {"mHC / no mHC", "no mHC / transformers Llama"}
     assert {"torch", "transformers"} <= measured["versions"].keys()
     assert all(name in result.out for name in names)
+
+
+def test_the_triton_kernels_are_measured_on_a_gpu():
+    pytest.importorskip("triton")
+    names = runpy.run_path(str(RECIPES / "benchmark.py"), run_name="recipe")
+    batch = fn.Batch(*torch.zeros(2, 1, 8, dtype=torch.int64))
+
+    def measured(device, **model):
+        run = names["BenchmarkConfig"](model=model)
+        return [s.name for s in names["subjects"](run, batch, torch.device(device)) if "Triton" in s.name]
+
+    assert measured("cuda") == [f"mHC, Triton kernels, remat={remat}" for remat in ("none", "mhc", "full")]
+    assert not measured("cpu")
+    assert not measured("cuda", mhc_preset="hc")  # which they do not serve
 
 
 @pytest.mark.slow
@@ -110,6 +125,7 @@ def test_kernels_are_not_measured_without_a_gpu(recipe):
 
 def test_nonsense_is_one_line(recipe):
     assert "rounds=0" in recipe("benchmark", "rounds=0").last_error
+    assert "widths=[100]: expected some of 768, 2048, 4096" in recipe("benchmark_kernels", "widths=[100]").last_error
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import require_shape
+from rlm_mhc.kernels.launch import require_shape, require_triton
 from rlm_mhc.kernels.mix_post.op import mix_post_backward
 from rlm_mhc.kernels.mix_pre.op import (
     FP32,
@@ -64,8 +64,10 @@ def check_combined(
 
 
 def _mix_post_pre(streams: Tensor, output: Tensor, post: Tensor, res: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    weights, settings = Weights(*rest[:4]), Settings(*rest[4:])
-    return run_forward(streams, weights, settings, (output, post, res))
+    require_triton(streams.device)
+    from rlm_mhc.kernels.mix_post_pre.triton import forward
+
+    return run_forward(forward, (streams, output, post, res), rest)
 
 
 def _fake(streams: Tensor, output: Tensor, post: Tensor, res: Tensor, phi: Tensor, *rest: Any) -> tuple:

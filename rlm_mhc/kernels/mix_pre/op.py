@@ -4,6 +4,7 @@ README.md beside this file derives the backward and counts the bytes. None of th
 `function.py` joins them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -120,24 +121,14 @@ def check_cotangents(
         require_shape("res", res, (*b, n, n), FP32)
 
 
-def run_forward(
-    streams: Tensor,
-    weights: Weights,
-    settings: Settings,
-    combined: tuple[Tensor, Tensor, Tensor] | None = None,
-    given: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """The kernels of the forward on tensors of any strides: `(streams, *Mapped)`."""
-    require_triton(streams.device)
-    from rlm_mhc.kernels.mix_pre.triton import forward
+def run_forward(forward: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], rest: Any) -> tuple[Any, ...]:
+    """The kernels of a forward on tensors of any strides, the streams being the first: `(streams, *Mapped)`.
 
-    before: Any = (
-        None if combined is None else tuple(flat(x, axes) for x, axes in zip(combined, (1, 1, 2), strict=True))
-    )
-    own = None if given is None else flat(given, 1)
-    phi, alpha, bias, weight = (w.contiguous() for w in weights)
-    mixed, *outputs = forward(flat(streams, 2), phi, alpha, bias, weight, before, own, *settings)
-    b = streams.shape[:-2]
+    `rest` are the weights and settings.
+    """
+    streams, b = tensors[0], tensors[0].shape[:-2]
+    own = (flat(x, x.dim() - len(b)) for x in tensors)
+    mixed, *outputs = forward(*own, *(w.contiguous() for w in rest[:4]), *rest[4:])
     return mixed.view(streams.shape), *(x.view(*b, *x.shape[1:]) for x in outputs)
 
 
@@ -187,7 +178,10 @@ def fake_forward(streams: Tensor, raw: int) -> tuple[Tensor, ...]:
 
 
 def _mix_pre(streams: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return run_forward(streams, Weights(*rest[:4]), Settings(*rest[4:]))[1:]
+    require_triton(streams.device)
+    from rlm_mhc.kernels.mix_pre.triton import forward
+
+    return run_forward(forward, (streams,), rest)[1:]
 
 
 def _mix_pre_backward(streams: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
-from rlm_mhc.kernels.mix_post.triton import combine, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_post.triton import load_streams, mixed_stream
 from rlm_mhc.kernels.mix_pre.tiling import LEAST_COLUMNS
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn
 from rlm_mhc.kernels.tiles import dot_wide
@@ -180,15 +180,17 @@ def forward(
     alpha: Tensor,
     bias: Tensor,
     weight: Tensor,
-    combined: tuple[Tensor, Tensor, Tensor] | None,
-    given: Tensor | None,
     num_iters: int,
     eps: float,
     sinkhorn_eps: float,
+    *,
+    combined: tuple[Tensor, Tensor, Tensor] | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`(streams, normed, pre, post, res, h, scale, rstd)` of contiguous `x [tokens, n, c]`.
 
-    `combined` is `(output, post, res)` of the sub-layer before, whose combine then comes first; else `streams` is `x`.
+    `combined`, of at most `MOST_AT_ONCE` streams, is `(output, post, res)` of the sub-layer before, whose combine then
+    comes first; else `streams` is `x`. `given` is what aggregates in the place of `pre`.
     """
     tokens, n, c = x.shape
     raw = phi.shape[-1]
@@ -198,8 +200,6 @@ def forward(
     normed = x.new_empty(tokens, c)
     tile = _project_tile(n, raw, x.dtype)
     at_once = tile["G"] == n
-    if combined and not at_once:
-        x, combined = combine(x, *combined), None
     mixed = torch.empty_like(x) if combined else x
     if not tokens:
         return mixed, normed, pre, post, res, h, scale, rstd

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import require_shape
+from rlm_mhc.kernels.launch import require_shape, require_triton
 from rlm_mhc.kernels.mix_post_pre.op import check_combined
 from rlm_mhc.kernels.mix_pre.op import (
     FP32,
@@ -78,7 +78,10 @@ def single_pass_post_pre(
 
 
 def _single_pass_pre(streams: Tensor, given: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return run_forward(streams, Weights(*rest[:4]), Settings(*rest[4:]), given=given)[1:]
+    require_triton(streams.device)
+    from rlm_mhc.kernels.single_pass.triton import pre
+
+    return run_forward(pre, (streams, given), rest)[1:]
 
 
 def _single_pass_pre_backward(streams: Tensor, given: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -90,8 +93,10 @@ def _single_pass_pre_backward(streams: Tensor, given: Tensor, *rest: Any) -> tup
 def _single_pass_post_pre(
     streams: Tensor, output: Tensor, post: Tensor, res: Tensor, given: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    weights, settings = Weights(*rest[:4]), Settings(*rest[4:])
-    return run_forward(streams, weights, settings, (output, post, res), given)
+    require_triton(streams.device)
+    from rlm_mhc.kernels.single_pass.triton import post_pre
+
+    return run_forward(post_pre, (streams, output, post, res, given), rest)
 
 
 def _fake_backward(streams: Tensor, given: Tensor, *rest: Any) -> tuple[Tensor, ...]:
