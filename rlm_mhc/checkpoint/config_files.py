@@ -1,14 +1,15 @@
 """A model's shape on disk, for this library and for transformers: `config.json` and `config.yaml` say the same."""
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlm_mhc.config import MODEL_TYPE, ModelConfig
 from rlm_mhc.disk import replace_file
-from rlm_mhc.validation import build
+from rlm_mhc.validation import build, nearest
 
 CONFIG_FILE, YAML_FILE = "config.json", "config.yaml"
 GENERATION_FILE = "generation_config.json"
@@ -22,6 +23,18 @@ from rlm_mhc.model import RLMConfig, RLMModel
 __all__ = ["RLMConfig", "RLMModel"]
 '''
 AUTO_MAP = {"AutoConfig": "modeling_rlm_mhc.RLMConfig", "AutoModelForCausalLM": "modeling_rlm_mhc.RLMModel"}
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+# The names that transformers gives to fields.
+THEIR_NAMES = {
+    "hidden_size": "hidden_dim",
+    "intermediate_size": "ffn_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
 # What transformers itself writes beside the fields of a model.
 TRANSFORMERS_KEYS = frozenset(
     [
@@ -171,7 +184,29 @@ def _from_json(file: Path) -> dict[str, Any]:
     fields = read_json(file, LARGEST_CONFIG_BYTES)
     if fields.pop("model_type", None) != MODEL_TYPE:
         raise ValueError(f"{file}: not a model of this library (expected model_type '{MODEL_TYPE}')")
-    return {name: value for name, value in fields.items() if name not in TRANSFORMERS_KEYS}
+    try:
+        return split_fields(fields, TRANSFORMERS_KEYS)[0]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def split_fields(fields: Mapping[str, Any], known: Container[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a model, under their own names, and what else there is.
+
+    Raises:
+        ValueError: on two names of one field that differ, and on a name that is not known and looks like a misspelt
+            field.
+    """
+    others = dict(fields)
+    for theirs, ours in THEIR_NAMES.items():
+        if theirs in others and others.setdefault(ours, others[theirs]) != others.pop(theirs):
+            raise ValueError(f"{theirs}={fields[theirs]!r} and {ours}={fields[ours]!r}: two names of one field")
+    own = {name: others.pop(name) for name in FIELDS if name in others}
+    for name in others:
+        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
+        if name not in known and (close or name.startswith("mhc_")):
+            raise ValueError(f"unknown key '{name}'{nearest(name, FIELDS)}; known are {', '.join(FIELDS)}")
+    return own, others
 
 
 def _from_yaml(file: Path) -> dict[str, Any]:

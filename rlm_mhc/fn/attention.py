@@ -36,20 +36,23 @@ def causal_attention(
 
 
 def self_attention(
-    params: SelfAttention,
+    params: SelfAttention | Callable[..., Tensor],
     x: Float[Tensor, "*b s c"],
     cos: RotaryTable,
     sin: RotaryTable,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention,
     norm: Callable[[Tensor, Tensor], Tensor] = rms_norm,
 ) -> Float[Tensor, "*b s c"]:
-    """Project to heads (`heads`), attend by `attention(q, k, v)`, project back.
+    """Project to heads (`heads`), attend by `attention(q, k, v)`, project back; or `params(x, cos, sin, attention,
+    norm)` where a function stands in for the weights.
 
     >>> import torch; from rlm_mhc import fn, ModelConfig
     >>> layer = fn.init(ModelConfig.preset("tiny")).layers[0]
     >>> fn.self_attention(layer.self_attn, torch.randn(1, 7, 128), *fn.rotary_table(torch.arange(7), 32)).shape
     torch.Size([1, 7, 128])
     """
+    if not isinstance(params, SelfAttention):
+        return params(x, cos, sin, attention, norm)
     out = attention(*heads(params, x, cos, sin, norm))
     return linear(params.o_proj, rearrange(out, "... h s d -> ... s (h d)"))
 

@@ -80,7 +80,7 @@ def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
 
 
 def hyper_connection(
-    params: MHCParams | tuple[()],
+    params: MHCParams | Callable[..., Any] | tuple[()],
     hidden: Any,
     branch: Callable[[Tensor], Tensor],
     config: ModelConfig,
@@ -88,10 +88,14 @@ def hyper_connection(
 ) -> tuple[Any, tuple[Any, ...]]:
     """A sub-layer inside its hyper-connection, and the `res` it used; for `params=()` the residual `x + branch(x)`.
 
+    Where a function stands in for the weights, `params(hidden, branch)`, whose `res` is not told.
+
     >>> import torch
     >>> hyper_connection((), torch.tensor([2.0]), lambda x: 10 * x, ModelConfig())
     (tensor([22.]), ())
     """
+    if callable(params):
+        return params(hidden, branch), ()
     if not isinstance(params, MHCParams):
         return hidden + branch(hidden), ()
     streams, early = hidden if isinstance(hidden, EarlyPre) else (hidden, None)

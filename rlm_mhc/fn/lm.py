@@ -111,6 +111,8 @@ def collapse(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernel
         return hidden
     if isinstance(hidden, EarlyPre):
         return kernels.mhc_aggregate(*hidden)
+    if callable(params.head_mhc):
+        return params.head_mhc(hidden)
     if params.head_mhc:
         return collapse_learned(params.head_mhc, hidden, eps=config.norm_eps, preset=config.mhc_preset)
     return collapse_streams(hidden)

@@ -2,13 +2,13 @@
 
 import torch.nn.functional as F
 
-from rlm_mhc.fn.linear import linear
+from rlm_mhc.fn.linear import Map, linear
 from rlm_mhc.params import MLP
 from rlm_mhc.types import Hidden
 
 
-def swiglu(params: MLP, x: Hidden) -> Hidden:
-    """`down(silu(gate(x)) · up(x))`.
+def swiglu(params: MLP | Map, x: Hidden) -> Hidden:
+    """`down(silu(gate(x)) · up(x))`, or `params(x)` where a function stands in for the weights.
 
     Source: Shazeer, arXiv 2002.05202; Llama's names.
 
@@ -16,4 +16,6 @@ def swiglu(params: MLP, x: Hidden) -> Hidden:
     >>> fn.swiglu(fn.init(ModelConfig.preset("tiny")).layers[0].mlp, torch.randn(3, 128)).shape
     torch.Size([3, 128])
     """
+    if not isinstance(params, MLP):
+        return params(x)
     return linear(params.down_proj, F.silu(linear(params.gate_proj, x)) * linear(params.up_proj, x))

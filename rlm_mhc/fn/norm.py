@@ -1,5 +1,7 @@
 """Root-mean-square normalisation, and the one rule for computing statistics in a wide enough dtype."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,14 +18,17 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Hidden, weight: Vector, eps: float = 1e-6) -> Hidden:
-    """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`.
+def rms_norm(x: Hidden, weight: Vector | Callable[[Tensor], Tensor], eps: float = 1e-6) -> Hidden:
+    """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`. Where
+    a function stands in for the weight, `weight(x)`.
 
     Source: Zhang & Sennrich, arXiv 1910.07467; Llama's layout.
 
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
     tensor([0.8485, 1.1314])
     """
+    if not isinstance(weight, Tensor):
+        return weight(x)
     wide = widen(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight).to(x.dtype)

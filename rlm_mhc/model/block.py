@@ -30,6 +30,16 @@ def embedding_tree(module: Any) -> Any:
     return Embedding(module.weight) if _is_plain(module, nn.Embedding) else module
 
 
+def norm_tree(module: Any) -> RMSNorm:
+    """A plain `Norm` as its weight; anything else as the function it is."""
+    return RMSNorm(module.weight if _is_plain(module, Norm) else module)
+
+
+def tree_of(module: Any, kind: type) -> Any:
+    """A plain module of a kind as its weights; anything else, hooked or wrapped, as the function it is."""
+    return module.tree() if _is_plain(module, kind) else module
+
+
 def _is_plain(module: nn.Module, kind: type) -> bool:
     # A hook, or a forward of its own as accelerate gives to modules, has to run.
     own = module.__dict__
@@ -37,11 +47,19 @@ def _is_plain(module: nn.Module, kind: type) -> bool:
 
 
 class Norm(nn.Module):
-    """The weight of an RMS norm."""
+    """An RMS norm."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[*b, c] -> [*b, c]`."""
+        return fn.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{len(self.weight)}, eps={self.eps}"
 
 
 class Attention(nn.Module):
@@ -59,13 +77,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_dim, shared * width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(own * width, config.hidden_dim, bias=False)
         if config.qk_norm:
-            self.q_norm, self.k_norm = Norm(width), Norm(width)
+            self.q_norm, self.k_norm = Norm(width, config.norm_eps), Norm(width, config.norm_eps)
 
     def tree(self) -> SelfAttention:
         """The weights as `fn` takes them."""
         projections = (linear_tree(module) for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        norms = (RMSNorm(module.weight) for module in (self.q_norm, self.k_norm)) if hasattr(self, "q_norm") else ()
+        norms = (norm_tree(module) for module in (self.q_norm, self.k_norm)) if hasattr(self, "q_norm") else ()
         return SelfAttention(*projections, *norms)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Any, norm: Any) -> Tensor:
+        """`fn.self_attention`."""
+        return fn.self_attention(self.tree(), x, cos, sin, attention, norm)
 
 
 class FeedForward(nn.Module):
@@ -81,6 +103,10 @@ class FeedForward(nn.Module):
         """The weights as `fn` takes them."""
         return MLP(linear_tree(self.gate_proj), linear_tree(self.up_proj), linear_tree(self.down_proj))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """`fn.swiglu`."""
+        return fn.swiglu(self.tree(), x)
+
 
 class Block(GradientCheckpointingLayer):
     """`fn.block` with weights of its own, attention by what `attn_implementation` names."""
@@ -90,30 +116,39 @@ class Block(GradientCheckpointingLayer):
         self.shape = config
         if config.mhc_enabled:
             self.attn_mhc, self.mlp_mhc = mhc_layer(config), mhc_layer(config)
-        self.input_layernorm = Norm(config.hidden_dim)
+        self.input_layernorm = Norm(config.hidden_dim, config.norm_eps)
         self.self_attn = Attention(config, layer_idx, outer)
-        self.post_attention_layernorm = Norm(config.hidden_dim)
+        self.post_attention_layernorm = Norm(config.hidden_dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
     def tree(self) -> Layer:
-        """The weights as `fn` takes them."""
+        """The weights as `fn` takes them; where a module is hooked or wrapped, that module in their stead."""
         mhc = self.shape.mhc_enabled
         return Layer(
-            attn_mhc=self.attn_mhc.tree() if mhc else (),
-            input_layernorm=RMSNorm(self.input_layernorm.weight),
-            self_attn=self.self_attn.tree(),
-            mlp_mhc=self.mlp_mhc.tree() if mhc else (),
-            post_attention_layernorm=RMSNorm(self.post_attention_layernorm.weight),
-            mlp=self.mlp.tree(),
+            attn_mhc=tree_of(self.attn_mhc, mHCLayer) if mhc else (),
+            input_layernorm=norm_tree(self.input_layernorm),
+            self_attn=tree_of(self.self_attn, Attention),
+            mlp_mhc=tree_of(self.mlp_mhc, mHCLayer) if mhc else (),
+            post_attention_layernorm=norm_tree(self.post_attention_layernorm),
+            mlp=tree_of(self.mlp, FeedForward),
         )
 
     def forward(
-        self, hidden: Any, cos: Tensor, sin: Tensor, mask: Any = None, cache: Any = None, **options: Any
-    ) -> tuple[Any, Tensor | None]:
-        """What comes out of the block, and the attention's weights where its implementation gives them.
+        self,
+        hidden: Tensor,
+        pre: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Any = None,
+        cache: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What comes out of the block, of the form of the first two arguments, and the attention's weights where its
+        implementation gives them. No tensor is inside a tuple: reentrant checkpointing would not see it.
 
         Args:
-            hidden: streams `[b, s, n, c]`; without mHC `[b, s, c]`; with `single_pass` an `fn.EarlyPre`.
+            hidden: streams `[b, s, n, c]`; without mHC `[b, s, c]`.
+            pre: with `single_pass` what aggregates next, `[b, s, n]`; else None.
             cos: rotary table of the positions, `[b, s, d/2]`, as is `sin`.
             sin: see there.
             mask: what `attn_implementation` takes.
@@ -131,7 +166,9 @@ class Block(GradientCheckpointingLayer):
             return output.transpose(1, 2)
 
         kernels = fn.REFERENCE._replace(attention=attention)
-        return fn.block(self.tree(), hidden, cos, sin, self.shape, kernels).hidden, seen[0]
+        early = hidden if pre is None else fn.EarlyPre(hidden, pre)
+        after = fn.block(self.tree(), early, cos, sin, self.shape, kernels).hidden
+        return *(after if isinstance(after, fn.EarlyPre) else (after, None)), seen[0]
 
 
 def mhc_layer(config: ModelConfig) -> mHCLayer:
@@ -149,8 +186,9 @@ def mhc_layer(config: ModelConfig) -> mHCLayer:
 class Head(nn.Module):
     """The weights by which streams are collapsed, where that is learned."""
 
-    def __init__(self, specs: Any) -> None:
+    def __init__(self, specs: Any, config: ModelConfig) -> None:
         super().__init__()
+        self.shape = config
         self.phi, self.alpha, self.bias = (
             nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype()))) for spec in specs
         )
@@ -158,3 +196,7 @@ class Head(nn.Module):
     def tree(self) -> fn.MHCHead:
         """The weights as `fn` takes them."""
         return fn.MHCHead(self.phi, self.alpha, self.bias)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """`[*b, n, c] -> [*b, c]`."""
+        return fn.collapse_learned(self.tree(), streams, eps=self.shape.norm_eps, preset=self.shape.mhc_preset)

@@ -10,13 +10,16 @@ from transformers import PretrainedConfig
 from rlm_mhc.checkpoint.config_files import (
     AUTO_MAP,
     CONFIG_FILE,
+    FIELDS,
+    THEIR_NAMES,
     YAML_FILE,
     load_config,
+    split_fields,
     write_code,
     write_yaml,
 )
 from rlm_mhc.config import MODEL_TYPE, ModelConfig
-from rlm_mhc.validation import build, nearest
+from rlm_mhc.validation import build
 
 # Arguments of `from_pretrained` that say where a file comes from, not what is in it.
 HOW_TO_FETCH = frozenset(
@@ -34,7 +37,6 @@ HOW_TO_FETCH = frozenset(
         "trust_remote_code",
     ]
 )
-FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 
 
 class RLMConfig(PretrainedConfig):
@@ -51,24 +53,11 @@ class RLMConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "hidden_dim",
-        "intermediate_size": "ffn_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "num_key_value_heads": "num_kv_heads",
-        "max_position_embeddings": "max_seq_len",
-        "rms_norm_eps": "norm_eps",
-        "tie_word_embeddings": "tie_embeddings",
-    }
+    attribute_map = THEIR_NAMES
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(self, **fields: Any) -> None:
-        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
-        own = {name: fields.pop(name) for name in FIELDS if name in fields}
-        for name in fields:
-            if name.startswith("mhc_") or (not hasattr(PretrainedConfig, name) and _misspelt(name)):
-                raise ValueError(f"unknown key '{name}'{nearest(name, FIELDS)}; known are {', '.join(FIELDS)}")
+        own, fields = split_fields(fields, dir(PretrainedConfig))
         for name, value in dataclasses.asdict(build(ModelConfig, own)).items():
             setattr(self, name, value)
         self.use_cache = fields.pop("use_cache", True)
@@ -86,9 +75,15 @@ class RLMConfig(PretrainedConfig):
         """
         return ModelConfig(**{name: getattr(self, name) for name in FIELDS})
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, those of the model also under the names that transformers gives them."""
+        theirs = {name: getattr(self, ours) for name, ours in self.attribute_map.items()}
+        return {**super().to_dict(), **theirs}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written to `config.json`: all fields of the model, of the others what is no default."""
-        return {**super().to_diff_dict(), **dataclasses.asdict(self.model_config)}
+        own = {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
+        return {**own, **dataclasses.asdict(self.model_config)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json`, `config.yaml`, and the module that programs find this library by."""
@@ -117,9 +112,3 @@ class RLMConfig(PretrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: the module beside a checkpoint imports this library, so that no code is to be copied."""
-
-
-def _misspelt(name: str) -> bool:
-    import difflib
-
-    return bool(difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85))

@@ -17,9 +17,9 @@ from rlm_mhc.checkpoint.config_files import CONFIG_FILE, GENERATION_FILE
 from rlm_mhc.checkpoint.tensors import add_checksums
 from rlm_mhc.checkpoint.weights import few, load_pretrained, weight_files
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.model.block import Block, Head, Norm, embedding_tree, linear_tree
+from rlm_mhc.model.block import Block, Head, Norm, embedding_tree, linear_tree, norm_tree, tree_of
 from rlm_mhc.model.config import RLMConfig
-from rlm_mhc.params import Linear, LMParams, RMSNorm, weight_table
+from rlm_mhc.params import INIT_STD, Linear, LMParams, weight_table
 from rlm_mhc.tree import named_leaves, tree_map
 
 # transformers renamed it in 5.24.
@@ -61,10 +61,10 @@ class RLMModel(PreTrainedModel, GenerationMixin):
         table = weight_table(shape)
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_dim)
         self.layers = nn.ModuleList(Block(shape, index, config) for index in range(shape.num_layers))
-        self.norm = Norm(shape.hidden_dim)
+        self.norm = Norm(shape.hidden_dim, shape.norm_eps)
         self.lm_head = nn.Linear(shape.hidden_dim, shape.vocab_size, bias=False)
         if table.head_mhc:
-            self.head_mhc = Head(table.head_mhc)
+            self.head_mhc = Head(table.head_mhc, shape)
         self.gradient_checkpointing = False
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -77,6 +77,8 @@ class RLMModel(PreTrainedModel, GenerationMixin):
             if spec is not None and not parameter.is_meta:
                 initial = spec.init(f"{prefix}.{name}", torch.initial_seed(), parameter.device, parameter.dtype)
                 init.copy_(parameter, initial)
+            elif isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight":
+                init.normal_(parameter, std=INIT_STD)  # of another size, made to take the place of one of these
 
     def tree(self) -> LMParams:
         """The weights as `fn` takes them: the parameters themselves; where an adapter or a quantised layer stands in
@@ -88,9 +90,9 @@ class RLMModel(PreTrainedModel, GenerationMixin):
 
     def _outer(self) -> LMParams:
         """All weights but those of the layers, the head's own also where it is the embedding."""
-        head_mhc = self.head_mhc.tree() if hasattr(self, "head_mhc") else ()
+        head_mhc = tree_of(self.head_mhc, Head) if hasattr(self, "head_mhc") else ()
         embedding, head = embedding_tree(self.embed_tokens), linear_tree(self.lm_head)
-        return LMParams(embedding, (), RMSNorm(self.norm.weight), head, head_mhc)
+        return LMParams(embedding, (), norm_tree(self.norm), head, head_mhc)
 
     def forward(
         self,
@@ -153,7 +155,9 @@ class RLMModel(PreTrainedModel, GenerationMixin):
         cos, sin = fn.rotary_table(position_ids, self.shape.head_width, self.shape.rope_theta)
         hidden, states, attentions = fn.enter(x, self.shape), [x], []
         for layer in self.layers:
-            hidden, weights = layer(hidden, cos, sin, mask=mask, cache=cache, **options)
+            streams, pre = hidden if isinstance(hidden, fn.EarlyPre) else (hidden, None)
+            streams, pre, weights = layer(streams, pre, cos, sin, mask=mask, cache=cache, **options)
+            hidden = streams if pre is None else fn.EarlyPre(streams, pre)
             attentions.append(weights)
             if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
                 states.append(fn.collapse(outer, hidden, self.shape))
@@ -183,7 +187,10 @@ class RLMModel(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             sites = [site.get_connection_matrix() for layer in self.layers for site in (layer.attn_mhc, layer.mlp_mhc)]
         else:
-            sites = list(fn.backbone(self.tree(), input_ids, self.shape).res)
+            params = self.tree()
+            own = [dict(attn_mhc=layer.attn_mhc.tree(), mlp_mhc=layer.mlp_mhc.tree()) for layer in self.layers]
+            layers = tuple(tree._replace(**sites) for tree, sites in zip(params.layers, own, strict=True))
+            sites = list(fn.backbone(params._replace(layers=layers), input_ids, self.shape).res)
         largest = torch.stack([res.abs().max() for res in sites]).tolist()
         return list(zip(largest[::2], largest[1::2], strict=True))
 

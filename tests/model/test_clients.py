@@ -128,11 +128,56 @@ def test_lora_on_embedding_and_head_acts(make_model, tokens):
     torch.testing.assert_close(merged(tokens).logits, output.logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_hook_on_a_projection_runs(make_model, tokens):
-    model, seen = make_model(), []
-    model.layers[0].mlp.up_proj.register_forward_hook(lambda *call: seen.append(call))
-    model(tokens)
-    assert len(seen) == 1
+def test_adapters_on_norms_and_on_phi_act(make_model, tokens):
+    from peft import LNTuningConfig, LoraConfig, get_peft_model
+
+    norms = ["input_layernorm", "post_attention_layernorm", "norm", "q_norm"]
+    for options in (
+        LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM"),
+        LoraConfig(r=2, target_modules=[], target_parameters=["attn_mhc.phi", "mlp_mhc.phi"], init_lora_weights=False),
+    ):
+        model = make_model(qk_norm=True)
+        before = model(tokens).logits.detach()
+        adapted = get_peft_model(model, options)
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in trained:
+                p.mul_(3.0)
+        output = adapted(tokens, labels=tokens)
+        assert (output.logits - before).abs().max() > 1e-2
+        output.loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in trained)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_of_peft_learn(make_model, tokens, kind):
+    import peft
+
+    adapted = peft.get_peft_model(make_model(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad.any() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mhc_preset": "deepseek_v4"}], ids=str)
+def test_weights_that_accelerate_offloads_come_back_for_a_forward(make_model, tokens, changes, tmp_path):
+    from accelerate import cpu_offload
+
+    model = make_model(**changes)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "model")
+    names = [name for name, _ in model.named_children() if name != "layers"]
+    where = {**dict.fromkeys(names, "cpu"), "layers.0": "cpu", "layers.1": "disk"}
+    options = dict(device_map=where, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(RLMModel.from_pretrained(tmp_path / "model", **options)(tokens).logits, expected)
+    assert torch.equal(cpu_offload(model, execution_device="cpu")(tokens).logits, expected)
+
+
+def test_trainer_smooths_the_labels_of_the_next_token(make_model, tokens, tmp_path):
+    model = make_model()
+    options = dict(label_smoothing_factor=1e-6, report_to=[], use_cpu=True)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **options))
+    smoothed = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens})
+    torch.testing.assert_close(smoothed, model(tokens, labels=tokens).loss, rtol=1e-4, atol=0)
 
 
 @pytest.mark.slow

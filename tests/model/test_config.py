@@ -15,6 +15,8 @@ def test_every_field_has_its_name_and_that_of_transformers():
     assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (64, 4, 3)
     assert (config.num_key_value_heads, config.max_position_embeddings, config.vocab_size) == (4, 8192, 32000)
     assert RLMConfig().model_config == ModelConfig()
+    assert config.to_dict()["hidden_size"] == config.to_dict()["hidden_dim"] == 64
+    assert RLMConfig.from_dict(config.to_dict()).model_config == config.model_config
 
 
 def test_wrong_values_and_misspelt_names_are_refused():
@@ -24,6 +26,8 @@ def test_wrong_values_and_misspelt_names_are_refused():
         RLMConfig(hiden_dim=64)
     with pytest.raises(ValueError, match="did you mean 'mhc_flows'"):
         RLMConfig(mhc_flow=4)
+    with pytest.raises(ValueError, match="hidden_size=8 and hidden_dim=64: two names of one field"):
+        RLMConfig(hidden_size=8, hidden_dim=64)
     config = RLMConfig()
     config.mhc_flows = 0
     with pytest.raises(ValueError, match="mhc_flows=0"):
@@ -44,6 +48,18 @@ def test_it_comes_back_from_both_files_and_from_either(tmp_path):
     (tmp_path / "aside").rename(tmp_path / "config.yaml")
     (tmp_path / "config.json").unlink()
     assert RLMConfig.from_pretrained(tmp_path).model_config == config.model_config
+
+
+def test_what_others_add_to_a_config_does_no_harm(tmp_path):
+    model = RLMModel(small_config())
+    model.config.note = "of mine"
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).note == "of mine"
+    assert RLMModel.from_pretrained(tmp_path).config.note == "of mine"
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"note"', '"mhc_flow"'))
+    with pytest.raises(ValueError, match=r"config\.json: unknown key 'mhc_flow' \(did you mean 'mhc_flows'"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "config.yaml"])

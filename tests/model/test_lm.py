@@ -53,15 +53,30 @@ def test_gradients_are_those_of_fn(make_model, tokens, changes):
         torch.testing.assert_close(model.get_parameter(name).grad, g, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"mhc_preset": "single_pass"}], ids=str)
-def test_recomputed_blocks_give_the_same_gradients(make_model, tokens, changes):
+def test_recomputed_blocks_give_the_same_gradients(make_model, tokens, changes, reentrant):
     model = make_model(**changes).train()
     model(tokens, labels=tokens).loss.backward()
     kept = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": reentrant})
     model(tokens, labels=tokens).loss.backward()
     assert all(torch.equal(p.grad, kept[name]) for name, p in model.named_parameters())
+
+
+@variants
+def test_a_hook_on_any_module_runs_and_changes_no_logit(make_model, tokens, changes):
+    model, seen = make_model(**changes), []
+    expected, metrics = model(tokens).logits, model.get_mhc_metrics(tokens)
+    names = {name: module for name, module in model.named_modules() if name not in ("", "layers")}
+    for name, module in names.items():
+        module.register_forward_hook(lambda *call, name=name: seen.append(name))
+    assert torch.equal(model(tokens).logits, expected)
+    assert set(seen) == names.keys()
+    assert torch.equal(fn.forward(model.tree(), tokens, model.config.model_config), expected)
+    assert model.get_mhc_metrics(tokens) == metrics
 
 
 @variants
@@ -223,6 +238,8 @@ def test_the_vocabulary_can_grow(make_model, tokens, tmp_path):
     assert torch.equal(model(tokens).logits[..., :61], before)
     model.save_pretrained(tmp_path)
     assert rlm_mhc.load_pretrained(tmp_path)[1].vocab_size == 70
+    model.resize_token_embeddings(700, mean_resizing=False)
+    assert 0.015 < model.get_input_embeddings().weight[70:].std() < 0.025
 
 
 def test_wrong_calls_say_so(make_model, tokens):
