@@ -74,34 +74,21 @@ def make_train_step(
     >>> state.step
     tensor(1)
     """
-    remat = train_config.remat_policy(config)
     gradients = make_gradients(
         config,
         kernels,
         reduce=reduce,
-        remat=remat,
+        remat=train_config.remat_policy(config),
         compiled=train_config.compile,
         announce=announce,
         parametrization=parametrization,
     )
     all_ranks = reduce if reduce is not None else _same
-    optimizer, schedule = train_config.optimizer, train_config.scheduler
     decay = parametrization.decay if parametrization else decay_mask(config)
-    rate = partial(
-        cosine_schedule,
-        lr=optimizer.lr,
-        warmup_steps=schedule.warmup_steps,
-        max_steps=train_config.max_steps,
-        min_lr_ratio=schedule.min_lr_ratio,
-    )
+    rate, update = _schedule(train_config), _update(train_config)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
-        if bool(state.loss_scale) != (train_config.mixed_precision == "fp16"):
-            found = "a" if state.loss_scale else "no"
-            raise ValueError(
-                f"mixed_precision={train_config.mixed_precision!r}, but the state has {found} loss scale; "
-                "make it with init_train_state and the same train_config"
-            )
+        _require_precision(state, train_config)
         microbatches = _microbatches(batch, train_config)
         compute = state.params
         if parametrization is None:
@@ -120,19 +107,8 @@ def make_train_step(
         if norm.is_cpu and grad_scale == 1:
             grad_scale = None  # nothing to divide by; on CUDA to look would be to wait
         lr = rate(state.step)
-        params, moments = adamw(
-            state.params,
-            grads,
-            state.optimizer,
-            decay,
-            lr=lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            grad_scale=grad_scale,
-            found_inf=skipped,
-            donate=donate,
-        )
+        options = dict(lr=lr, grad_scale=grad_scale, found_inf=skipped, donate=donate)
+        params, moments = update(state.params, grads, state.optimizer, decay, **options)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": skipped, **mhc_metrics(sampled, loss)}
         metrics |= {f"grad_norm/layer_{number}": value for number, value in enumerate(norms[:-1].unbind())}
         next_scale = state.loss_scale
@@ -142,6 +118,31 @@ def make_train_step(
         return TrainState(params, moments, state.step + 1, next_scale), metrics
 
     return step
+
+
+def _schedule(train_config: TrainConfig) -> Callable[[Tensor], Tensor]:
+    schedule = train_config.scheduler
+    return partial(
+        cosine_schedule,
+        lr=train_config.optimizer.lr,
+        warmup_steps=schedule.warmup_steps,
+        max_steps=train_config.max_steps,
+        min_lr_ratio=schedule.min_lr_ratio,
+    )
+
+
+def _update(train_config: TrainConfig) -> Callable[..., Any]:
+    optimizer = train_config.optimizer
+    return partial(adamw, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+
+
+def _require_precision(state: TrainState, train_config: TrainConfig) -> None:
+    if bool(state.loss_scale) != (train_config.mixed_precision == "fp16"):
+        found = "a" if state.loss_scale else "no"
+        raise ValueError(
+            f"mixed_precision={train_config.mixed_precision!r}, but the state has {found} loss scale; "
+            "make it with init_train_state and the same train_config"
+        )
 
 
 def _norms_by_layer(parts: list[list[Tensor]]) -> Tensor:
