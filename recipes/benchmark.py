@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
@@ -32,7 +31,7 @@ from rlm_mhc.program.precision import init_loss_scale
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing.measure import copy_bandwidth, provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
-from rlm_mhc.testing.peers import llama
+from rlm_mhc.testing.peers import EagerPeer, Loss, llama
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token
@@ -135,63 +134,6 @@ def module(run: BenchmarkConfig, batch: fn.Batch, make: Callable[[], nn.Module])
         return once
 
     return start
-
-
-class Loss(nn.Module):
-    """A model that gives logits, with the loss in one piece, so that a compiler sees both."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Tokens and targets `[b, s]` to a scalar."""
-        logits = self.model(tokens)
-        logits = logits if isinstance(logits, Tensor) else logits.logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-class EagerPeer(nn.Module):
-    """transformers' Llama layers inside the hyper-connections of the `hyper-connections` package."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        from hyper_connections import mc_get_init_and_expand_reduce_stream_functions as connections
-
-        super().__init__()
-        model = llama(config)
-        connect, self.expand, self.reduce = connections(config.mhc_flows, sinkhorn_iters=config.mhc_sinkhorn_iters)
-        self.embed, self.rotary, self.norm, self.head = (
-            model.model.embed_tokens,
-            model.model.rotary_emb,
-            model.model.norm,
-            model.lm_head,
-        )
-        self.sites = nn.ModuleList(
-            connect(dim=config.hidden_dim, branch=branch)
-            for layer in model.model.layers
-            for branch in (Attention(layer), nn.Sequential(layer.post_attention_layernorm, layer.mlp))
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[b, s] -> [b, s, v]`."""
-        hidden = self.embed(tokens)
-        rotary = self.rotary(hidden, torch.arange(tokens.shape[1], device=tokens.device)[None])
-        streams = self.expand(hidden)
-        for number, site in enumerate(self.sites):
-            streams = site(streams, rotary) if number % 2 == 0 else site(streams)
-        return self.head(self.norm(self.reduce(streams)))
-
-
-class Attention(nn.Module):
-    """The attention half of a transformers Llama layer."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.norm, self.attention = layer.input_layernorm, layer.self_attn
-
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """`[b, s, c] -> [b, s, c]`."""
-        return self.attention(self.norm(x), position_embeddings=rotary, attention_mask=None)[0]
 
 
 def subjects(run: BenchmarkConfig, batch: fn.Batch, device: torch.device) -> list[Subject]:
