@@ -1,6 +1,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -97,10 +98,8 @@ def test_two_runs_at_once_in_a_folder_train_on_their_own_tokens_and_leave_those_
 
     def read(documents):
         yield documents[0]
-        try:
+        with suppress(threading.BrokenBarrierError):
             reading.wait(1)  # where nothing keeps them apart, both are in the middle of it
-        except threading.BrokenBarrierError:
-            pass
         yield from documents[1:]
 
     def prepared(seed):
