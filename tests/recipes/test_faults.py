@@ -187,3 +187,16 @@ def test_a_disk_that_takes_no_more_does_not_end_the_run_before_its_end(pretrain,
     assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
     assert {path: path.read_bytes() for path in whole} == whole
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_no_checkpoint_is_newer_than_what_is_logged(pretrain, corpus, tmp_path, monkeypatch):
+    out, whole = tmp_path / "run", Path.open
+
+    def opened(path, mode="r", *arguments, **options):
+        if path.name == "metrics.jsonl" and mode == "ab":
+            raise OSError(28, "No space left on device")
+        return whole(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert pretrain(f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=1").code == 0
+    assert [r["step"] for r in records(out)] == [1]
