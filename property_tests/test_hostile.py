@@ -115,6 +115,20 @@ def test_bombs_of_yaml_are_errors(tmp_path, content):
         read_config(tmp_path / "config.yaml")
 
 
+def test_a_number_of_base_60_does_not_take_its_length_squared(tmp_path):
+    place(tmp_path, {"config.yaml": b"a: 1" + b":1" * 500_000})
+    with pytest.raises(ValueError, match="a value of more than 4096 characters"):
+        read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("field", ["num_layers", "mhc_flows"])
+def test_a_config_cannot_ask_for_more_weights_than_can_be_named(tmp_path, field):
+    fields = json.loads(PRETRAINED["config.json"]) | {field: 10**6}
+    place(tmp_path, PRETRAINED | {"config.json": json.dumps(fields).encode()})
+    with pytest.raises(ValueError, match=rf"config\.json: {field}=1000000: expected a number from 1 to"):
+        load_pretrained(tmp_path)
+
+
 LINES = st.lists(st.binary(max_size=60) | TREES.map(lambda x: json.dumps({"text": x}).encode()), max_size=8)
 
 
@@ -163,6 +177,17 @@ def test_any_records_are_examples_or_counted_or_an_error(records, parse):
         if examples is not None:
             assert all(part.text.encode() for example in examples for part in example.segments)
             assert len(examples) + bad.bad == bad.lines
+
+
+@pytest.mark.parametrize("depth", [600, 5000, 100_000])
+def test_a_line_nested_too_deep_is_a_bad_line(tmp_path, depth):
+    message, file = '{"role": "assistant", "content": "yes"', tmp_path / "data.jsonl"
+    nested = message + ', "tool_calls": ' + "[" * depth + "]" * depth
+    file.write_text("".join(f'{{"messages": [{said}}}]}}\n' for said in (nested, message)))
+    bad = BadLines(strict=False, max_fraction=1.0)
+    assert len(list(record_source(str(file), chat_parse(Tokenizer())).read(bad))) + bad.bad == 2
+    # From Python 3.12 on, 600 are not too deep.
+    assert bad.first.startswith(f"{file}, line 1: nested too deep") or (depth == 600 and not bad.bad)
 
 
 def tree_of_module(folder, verify):
