@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_mhc import fn, load_pretrained, save_pretrained
-from rlm_mhc.checkpoint import load_run, save_run
+from rlm_mhc.checkpoint import load_run, newest_whole, save_run
+from rlm_mhc.checkpoint.run import _state_checksum
 from rlm_mhc.data import BadLines, chat_parse, completion_parse, find_format, jsonl_source, record_source
 from rlm_mhc.data.chat import CHATML
+from rlm_mhc.disk import CHECKSUM
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import small_config
 from rlm_mhc.train import FinetuneConfig, RunConfig
@@ -213,3 +215,28 @@ def test_any_bytes_are_a_run_or_an_error(name, data):
     with tempfile.TemporaryDirectory() as folder:
         place(folder, RUN | {name: content})
         result_or_error(lambda: load_run(Path(folder), fn.adamw_init, verify=data.draw(st.booleans())))
+
+
+@st.composite
+def disfigured(draw, value):
+    """A JSON value with one of its parts, or itself, replaced or removed."""
+    if not isinstance(value, dict) or not value or draw(st.booleans()):
+        return draw(TREES)
+    name = draw(st.sampled_from(sorted(value)))
+    rest = {key: item for key, item in value.items() if key != name}
+    return rest if draw(st.booleans()) else {**rest, name: draw(disfigured(value[name]))}
+
+
+STATE = {name: value for name, value in json.loads(RUN["trainer_state.json"]).items() if name != CHECKSUM}
+
+
+@given(disfigured(STATE).filter(lambda state: isinstance(state, dict)))
+def test_any_state_that_fits_its_checksum_is_a_run_or_an_error(state):
+    state = json.loads(json.dumps(state))
+    content = json.dumps({**state, CHECKSUM: _state_checksum(state)})
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder, "checkpoint-1")
+        checkpoint.mkdir()
+        place(checkpoint, RUN | {"trainer_state.json": content.encode()})
+        result_or_error(lambda: load_run(checkpoint, fn.adamw_init))
+        result_or_error(lambda: newest_whole(Path(folder), lambda line: None))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlm_mhc.checkpoint.run import _state_checksum
 from rlm_mhc.testing.models import SMALL_RUN
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -200,3 +201,20 @@ def test_no_checkpoint_is_newer_than_what_is_logged(pretrain, corpus, tmp_path, 
     monkeypatch.setattr(Path, "open", opened)
     assert pretrain(f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=1").code == 0
     assert [r["step"] for r in records(out)] == [1]
+
+
+def test_a_state_of_another_form_is_refused_by_name_even_where_its_checksum_fits(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}"]
+    assert pretrain(*arguments, "training.max_steps=1").code == 0
+    file = out / "checkpoints" / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["xxh3_128"]
+    place = {"seed": 42, "epoch": 0, "offset": None}
+    wrong = [("position", None), ("position", place), ("windows", "9"), ("tokens", []), ("watch", {"losses": [1]})]
+    for name, value in wrong:
+        changed = state | {name: value}
+        file.write_text(json.dumps(changed | {"xxh3_128": _state_checksum(changed)}))
+        result = pretrain(*arguments, "training.max_steps=2", "resume=auto")
+        assert result.code == 2
+        assert f"{file}: '{name}' is" in result.last_error
