@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from rlm_mhc.data.sources import BadLines
 from rlm_mhc.disk import CHECKSUM, replace_file, sync
 
-META_FILE, LOCK_FILE, TEMPORARY = "meta.json", ".lock", ".making-"
+META_FILE, LOCK_FILE, TEMPORARY = "meta.json", ".tokens.lock", ".making-"
 SAMPLES, SAMPLE_BYTES = 256, 1 << 20
 
 
