@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_mhc import fn, load_pretrained, save_pretrained
-from rlm_mhc.checkpoint import load_run, save_run
+from rlm_mhc.checkpoint import load_run, newest_whole, save_run
+from rlm_mhc.checkpoint.run import _state_checksum
 from rlm_mhc.data import BadLines, chat_parse, completion_parse, find_format, jsonl_source, record_source
 from rlm_mhc.data.chat import CHATML
+from rlm_mhc.disk import CHECKSUM
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import small_config
 from rlm_mhc.train import FinetuneConfig, RunConfig
@@ -115,6 +117,20 @@ def test_bombs_of_yaml_are_errors(tmp_path, content):
         read_config(tmp_path / "config.yaml")
 
 
+def test_a_number_of_base_60_does_not_take_its_length_squared(tmp_path):
+    place(tmp_path, {"config.yaml": b"a: 1" + b":1" * 500_000})
+    with pytest.raises(ValueError, match="a value of more than 4096 characters"):
+        read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("field", ["num_layers", "mhc_flows"])
+def test_a_config_cannot_ask_for_more_weights_than_can_be_named(tmp_path, field):
+    fields = json.loads(PRETRAINED["config.json"]) | {field: 10**6}
+    place(tmp_path, PRETRAINED | {"config.json": json.dumps(fields).encode()})
+    with pytest.raises(ValueError, match=rf"config\.json: {field}=1000000: expected a number from 1 to"):
+        load_pretrained(tmp_path)
+
+
 LINES = st.lists(st.binary(max_size=60) | TREES.map(lambda x: json.dumps({"text": x}).encode()), max_size=8)
 
 
@@ -165,6 +181,17 @@ def test_any_records_are_examples_or_counted_or_an_error(records, parse):
             assert len(examples) + bad.bad == bad.lines
 
 
+@pytest.mark.parametrize("depth", [600, 5000, 100_000])
+def test_a_line_nested_too_deep_is_a_bad_line(tmp_path, depth):
+    message, file = '{"role": "assistant", "content": "yes"', tmp_path / "data.jsonl"
+    nested = message + ', "tool_calls": ' + "[" * depth + "]" * depth
+    file.write_text("".join(f'{{"messages": [{said}}}]}}\n' for said in (nested, message)))
+    bad = BadLines(strict=False, max_fraction=1.0)
+    assert len(list(record_source(str(file), chat_parse(Tokenizer())).read(bad))) + bad.bad == 2
+    # From Python 3.12 on, 600 are not too deep.
+    assert bad.first.startswith(f"{file}, line 1: nested too deep") or (depth == 600 and not bad.bad)
+
+
 def tree_of_module(folder, verify):
     return RLMModel.from_pretrained(folder, verify=verify).tree()
 
@@ -188,3 +215,28 @@ def test_any_bytes_are_a_run_or_an_error(name, data):
     with tempfile.TemporaryDirectory() as folder:
         place(folder, RUN | {name: content})
         result_or_error(lambda: load_run(Path(folder), fn.adamw_init, verify=data.draw(st.booleans())))
+
+
+@st.composite
+def disfigured(draw, value):
+    """A JSON value with one of its parts, or itself, replaced or removed."""
+    if not isinstance(value, dict) or not value or draw(st.booleans()):
+        return draw(TREES)
+    name = draw(st.sampled_from(sorted(value)))
+    rest = {key: item for key, item in value.items() if key != name}
+    return rest if draw(st.booleans()) else {**rest, name: draw(disfigured(value[name]))}
+
+
+STATE = {name: value for name, value in json.loads(RUN["trainer_state.json"]).items() if name != CHECKSUM}
+
+
+@given(disfigured(STATE).filter(lambda state: isinstance(state, dict)))
+def test_any_state_that_fits_its_checksum_is_a_run_or_an_error(state):
+    state = json.loads(json.dumps(state))
+    content = json.dumps({**state, CHECKSUM: _state_checksum(state)})
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder, "checkpoint-1")
+        checkpoint.mkdir()
+        place(checkpoint, RUN | {"trainer_state.json": content.encode()})
+        result_or_error(lambda: load_run(checkpoint, fn.adamw_init))
+        result_or_error(lambda: newest_whole(Path(folder), lambda line: None))

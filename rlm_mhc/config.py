@@ -7,6 +7,8 @@ from rlm_mhc import variants
 from rlm_mhc.validation import at_least, between, check, nearest, one_of, positive, section, some_of
 
 MODEL_TYPE = "rlm_mhc"
+# Of what the table of weights grows with: beyond any model, and small enough that a file cannot make it fill memory.
+MOST_LAYERS, MOST_FLOWS = 10_000, 256
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_dim=128, num_layers=6, num_heads=4, vocab_size=4096, max_seq_len=2048),
@@ -36,7 +38,7 @@ class ModelConfig:
     """
 
     hidden_dim: int = at_least(1, 2048)
-    num_layers: int = at_least(1, 24)
+    num_layers: int = between(1, MOST_LAYERS, 24)
     num_heads: int = at_least(1, 16)
     num_kv_heads: int | None = at_least(1, None)
     head_dim: int | None = at_least(2, None)
@@ -49,7 +51,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     mhc_enabled: bool = True
-    mhc_flows: int = at_least(1, 4)
+    mhc_flows: int = between(1, MOST_FLOWS, 4)
     mhc_sinkhorn_iters: int = at_least(1, 20)
     mhc_preset: str = one_of(*variants.PRESETS)
     mhc_projection: str | None = one_of(*variants.PROJECTIONS, optional=True)

@@ -15,6 +15,7 @@ CONFIG_FILE, YAML_FILE = "config.json", "config.yaml"
 GENERATION_FILE = "generation_config.json"
 LARGEST_CONFIG_BYTES = 1 << 20
 DEEPEST_CONFIG = 16
+LONGEST_VALUE = 4096  # a path
 CODE_FILE = "modeling_rlm_mhc.py"
 CODE = '''"""The classes of this checkpoint, which are those of the package rlm-mhc."""
 
@@ -167,14 +168,16 @@ def _text(file: Path, limit: int) -> str:
 
 
 def _require_simple(text: str) -> None:
-    """Refuse aliases, a few bytes of which can stand for more values than memory holds, and deep nesting, which PyYAML
-    takes time for that grows with the square of the depth; a config has neither."""
+    """Refuse aliases, a few bytes of which can stand for more values than memory holds, and what PyYAML takes time for
+    that grows with its square: deep nesting, and numbers of base 60 (`1:30:00`). A config has none of these."""
     import yaml
 
     depth = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("it has aliases")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_VALUE:
+            raise ValueError(f"it has a value of more than {LONGEST_VALUE} characters")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST_CONFIG:
             raise ValueError(f"it is nested more than {DEEPEST_CONFIG} deep")

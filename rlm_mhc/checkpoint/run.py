@@ -18,6 +18,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.disk import CHECKSUM, checksum, sync, sync_tree
 from rlm_mhc.params import LMParams
 from rlm_mhc.tree import from_named, named_leaves
+from rlm_mhc.validation import LARGEST
 
 OPTIMIZER_FILE = "optimizer.pt"
 GENERATORS_FILE = "generators.pt"
@@ -215,8 +216,20 @@ def _read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     state = read_json(file, LARGEST_STATE_BYTES)
     if state.pop(CHECKSUM, None) != _state_checksum(state):
         raise ValueError(f"{file}: damaged, its content is not what was written (its checksum differs)")
-    files = state.pop("files")
+    files, step = state.pop("files", None), state.get("step")
+    if not _is_manifest(files) or type(step) is not int or not 0 <= step < LARGEST:
+        raise ValueError(f"{file}: its manifest or its step is missing or none, so it is not what `save_run` wrote")
     return state, files
+
+
+def _is_manifest(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        name.isprintable()
+        and isinstance(written, dict)
+        and type(written.get("size")) is int
+        and isinstance(written.get(CHECKSUM), str)
+        for name, written in files.items()
+    )
 
 
 def _state_checksum(state: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from rlm_mhc.data.instructions import Example
 from rlm_mhc.data.packing import HELD_OUT_EVERY, hold_out, padded
 from rlm_mhc.data.prepare import Prepared, bad_share, digest, say_bad_lines, says_held_out
-from rlm_mhc.data.reuse import make_or_reuse
+from rlm_mhc.data.reuse import locked, make_or_reuse
 from rlm_mhc.data.sources import BadLines, Source
 from rlm_mhc.data.token_file import batches, read_tokens, token_dtype, token_ids
 from rlm_mhc.data.tokenizer import tokenizer_fingerprint
@@ -81,9 +81,10 @@ def prepare_examples(
     key = ["examples", FORMAT, *sources, tokenizer_fingerprint(tokenizer), max_length]
     write = partial(_write, source, eval_source, tokenizer, max_length, bad)
     names = [f"{part}.{kind}" for part in ("train", "eval") for kind in KINDS]
-    meta, reused = make_or_reuse(folder, key, names, write, bad)
+    with locked(folder, say):
+        meta, reused = make_or_reuse(folder, key, names, write, bad)
+        train, evaluation = (_read(folder, part, token_dtype(len(tokenizer)), max_length) for part in ("train", "eval"))
     say_bad_lines(meta, say)
-    train, evaluation = (_read(folder, part, token_dtype(len(tokenizer)), max_length) for part in ("train", "eval"))
     for given, made in ((source, train), (eval_source, evaluation)):
         if given is not None and made.total < 1:
             raise ValueError(f"{given.name}: it holds no example")

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rlm_mhc.data.packing import HELD_OUT_EVERY, Rows, hold_out, windows
-from rlm_mhc.data.reuse import make_or_reuse, write_whole
+from rlm_mhc.data.reuse import locked, make_or_reuse, write_whole
 from rlm_mhc.data.sources import BadLines, Source
 from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
 from rlm_mhc.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
@@ -62,17 +62,18 @@ def prepare(
         FileNotFoundError: on a missing tokenizer.
         ValueError: on bad data, naming file and line, or when there is no text at all.
     """
-    bad = BadLines(strict=strict, max_fraction=max_bad_fraction)
-    made = _tokenizer(folder, source, tokenizer, vocab_size, say, bad)
-    bad = BadLines(strict=strict, max_fraction=max_bad_fraction, say=say)
     sources = [source.fingerprint, eval_source.fingerprint if eval_source else "held-out"]
-    key = [FORMAT, *sources, tokenizer_fingerprint(made)]
-    dtype = token_dtype(len(made))
-    write = partial(_write_tokens, source, eval_source, made, dtype, bad)
-    meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad)
+    with locked(folder, say):
+        bad = BadLines(strict=strict, max_fraction=max_bad_fraction)
+        made = _tokenizer(folder, source, tokenizer, vocab_size, say, bad)
+        bad = BadLines(strict=strict, max_fraction=max_bad_fraction, say=say)
+        key = [FORMAT, *sources, tokenizer_fingerprint(made)]
+        dtype = token_dtype(len(made))
+        write = partial(_write_tokens, source, eval_source, made, dtype, bad)
+        meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad)
+        train, evaluation = (windows(read_tokens(folder / name, dtype), max_length) for name in (TRAIN_FILE, EVAL_FILE))
     origin = f"reused from {folder}" if reused else f"from {meta['documents']:,} documents"
     say_bad_lines(meta, say)
-    train, evaluation = (windows(read_tokens(folder / name, dtype), max_length) for name in (TRAIN_FILE, EVAL_FILE))
     own = meta["train"] + (meta["eval"] if eval_source is None else 0)
     if own <= meta["documents"]:  # ends of text alone
         raise ValueError(f"{source.name}: it holds no text to train on")

@@ -2,15 +2,42 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlm_mhc.data.sources import BadLines
-from rlm_mhc.disk import replace_file, sync
+from rlm_mhc.disk import CHECKSUM, replace_file, sync
 
-META_FILE = "meta.json"
+META_FILE, LOCK_FILE, TEMPORARY = "meta.json", ".tokens.lock", ".making-"
+SAMPLES, SAMPLE_BYTES = 256, 1 << 20
+
+
+@contextmanager
+def locked(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Have a folder to oneself, made if it is missing: to be held until its files are open.
+
+    Another process that asks for it waits, and then finds what this one made. What a killed one was making is removed.
+    A folder that takes no lock, being read-only or of a file system that has none, is used without: what is made there
+    is still made under names of its own, and compared with its checksum when it is reused.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK_FILE).open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting      for another process that uses {folder}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            for stale in folder.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(stale)
+        yield
 
 
 def make_or_reuse(
@@ -23,28 +50,47 @@ def make_or_reuse(
     """What `write(files by name)` said of the files, and whether they are those of an earlier call.
 
     They are where they lie there whole, of the same `key`, and made from no more bad lines than are allowed now.
-    What was said has `lines` and `bad`, those of the reading, added to it.
+    What was said has `lines` and `bad`, those of the reading, added to it. To be called with the folder `locked`.
 
     Raises:
         ValueError: when too many lines are bad; nothing is left to be reused then.
+        OSError: when they cannot be written; nothing of them is left then.
     """
     meta = _read_meta(folder)
-    if _whole(folder, meta, key, bad):
+    if _whole(folder, meta, key, names, bad):
         return meta, True
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).unlink(missing_ok=True)
-    # A run that still maps the former files keeps them: they are replaced, not overwritten.
-    temporary = {name: folder / f"{name}.tmp" for name in names}
-    with ExitStack() as stack:
-        said = write({name: stack.enter_context(path.open("wb")) for name, path in temporary.items()})
-    bad.finish()
-    for name, path in temporary.items():
-        sync(path)
-        os.replace(path, folder / name)
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    meta = said | {"lines": bad.lines, "bad": bad.bad, "key": key, "files": sizes}
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
+        made = {name: Path(temporary, name) for name in names}
+        with ExitStack() as stack:
+            said = write({name: stack.enter_context(path.open("wb")) for name, path in made.items()})
+        bad.finish()
+        files = {name: described(path) for name, path in made.items()}
+        # A run that still maps the former files keeps them: they are replaced, not overwritten.
+        for name, path in made.items():
+            sync(path)
+            os.replace(path, folder / name)
+    meta = said | {"lines": bad.lines, "bad": bad.bad, "key": key, "files": files}
     write_whole(folder / META_FILE, json.dumps(meta, indent=2).encode())
     return meta, False
+
+
+def described(file: Path) -> dict[str, Any]:
+    """The size of a file, and a checksum of its content: of all of it up to 256 MiB, of a larger one that of as many
+    blocks of 1 MiB, evenly spread from its start to its end.
+
+    So a start takes a fraction of a second whatever the size, and tells other tokens or a missing part, not each byte.
+    """
+    import xxhash
+
+    size, digest = file.stat().st_size, xxhash.xxh3_128()
+    spacing = max(SAMPLE_BYTES, (size - SAMPLE_BYTES) // (SAMPLES - 1))
+    with file.open("rb") as content:
+        for start in range(0, min(size, SAMPLES * spacing), spacing):
+            content.seek(start)
+            digest.update(content.read(SAMPLE_BYTES))
+    return {"size": size, CHECKSUM: digest.hexdigest()}
 
 
 def write_whole(file: Path, content: bytes) -> None:
@@ -52,17 +98,19 @@ def write_whole(file: Path, content: bytes) -> None:
     replace_file(file, lambda path: path.write_bytes(content))
 
 
-def _whole(folder: Path, meta: dict[str, Any], key: list[Any], bad: BadLines) -> bool:
+def _whole(folder: Path, meta: dict[str, Any], key: list[Any], names: Sequence[str], bad: BadLines) -> bool:
     if meta.get("key") != key:
         return False
     if meta["bad"] and (bad.strict or meta["bad"] > bad.max_fraction * meta["lines"]):
         return False
-    files = ((folder / name, size) for name, size in meta["files"].items())
-    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+    files = {name: folder / name for name in names}
+    there = all(file.is_file() for file in files.values())
+    return there and meta["files"] == {name: described(file) for name, file in files.items()}
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return meta if isinstance(meta, dict) else {}

@@ -202,7 +202,7 @@ def _read_file(file: str, parse: Parse, bad: BadLines) -> Iterator[Any]:
             continue
         where = f"{file}, line {number}"
         try:
-            parsed = parse.read(_record(line, where, parse.expected), where)
+            parsed = _parsed(line, where, parse)
         except SetupError:
             raise
         except ValueError as error:
@@ -246,6 +246,13 @@ def _open(file: str) -> IO[bytes]:
     return io.BufferedReader(frames)
 
 
+def _parsed(line: bytes | None, where: str, parse: Parse) -> Any:
+    try:
+        return parse.read(_record(line, where, parse.expected), where)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deep; expected {parse.expected}") from None
+
+
 def _record(line: bytes | None, where: str, expected: str) -> dict[str, Any]:
     if line is None:
         raise ValueError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line")
@@ -255,7 +262,7 @@ def _record(line: bytes | None, where: str, expected: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: not UTF-8 text but binary, compressed or in another encoding; expected JSON lines in UTF-8"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if b"\0" in line:
             raise ValueError(f"{where}: binary data, not JSON; expected one JSON object per line") from None
         raise ValueError(f"{where}: not JSON ({error}); expected {expected}") from None

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlm_mhc.train.device import MEMORY_ADVICE
+from rlm_mhc.train.outlets import install_outlets
+from rlm_mhc.train.signals import ignore_saving
 from rlm_mhc.validation import build, nearest
 
 T = TypeVar("T")
@@ -29,13 +31,16 @@ def command(
         complete: what the config is built from, given the values that Hydra composed.
 
     A mistake of the user's ends with exit code 2 and `error: …` as the last line of stderr; `debug=true` adds the
-    traceback. Whatever else goes wrong keeps its traceback.
+    traceback. Whatever else goes wrong keeps its traceback. What is said to a full disk or a pipe that nobody reads is
+    lost, and ends nothing; nor does a SIGUSR1 while there is nothing to save.
     """
     import hydra
     import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    install_outlets()
+    ignore_saving()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors its own way and exits
     folder, name = Path(script).resolve().parent / "configs", Path(script).stem
     debug = "debug=true" in map(str.lower, sys.argv)

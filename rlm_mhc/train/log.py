@@ -4,10 +4,12 @@ import importlib.util
 import json
 import netrc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlm_mhc.checkpoint.weights import few
 from rlm_mhc.config import WandbConfig
 from rlm_mhc.disk import replace_file
 
@@ -18,30 +20,40 @@ class MetricsLog:
     """Appends one JSON object per line to a file and keeps them all; going on at `step` drops what came after it.
 
     A killed run keeps what it logged. What the disk does not take is kept, told of once, and written with the next
-    record that it takes; a file that vanished is written anew.
+    record that it takes; a file that vanished is written anew. Lines that are no records are told of, and left out.
     """
 
     def __init__(self, file: Path, step: int = 0, say: Callable[[str], object] = print) -> None:
         self.file, self.say, self.failing = file, say, False
-        self.records = [r for r in _read(file) if r["step"] <= step] if step else []
+        self.records = [r for r in _read(file, say) if r["step"] <= step] if step else []
         self._write_all()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self.records.append(record)
-        line = _line(record)
+        self._attempt(partial(self._append, _line(record)))
+
+    def retry(self) -> None:
+        """Write what the disk did not take, so that a checkpoint is not newer than what is logged."""
+        if self.failing:
+            self._attempt(self._write_all)
+
+    def _attempt(self, write: Callable[[], object]) -> None:
         try:
-            if self.failing or not self.file.is_file() or self.file.stat().st_size != self._size:
-                self._write_all()
-            else:
-                with self.file.open("ab") as file:
-                    file.write(line)
-                self._size += len(line)
+            write()
             self.failing = False
         except OSError as error:
             if not self.failing:
                 self.say(f"{self.file} could not be written: {error}; the training goes on, and tries again")
             self.failing = True
+
+    def _append(self, line: bytes) -> None:
+        if self.failing or not self.file.is_file() or self.file.stat().st_size != self._size:
+            self._write_all()
+            return
+        with self.file.open("ab") as file:
+            file.write(line)
+        self._size += len(line)
 
     def _write_all(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -119,14 +131,25 @@ def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
     return lambda record: wandb_run.log(record, step=record["step"])
 
 
-def _read(file: Path) -> Iterable[dict[str, Any]]:
+def _read(file: Path, say: Callable[[str], object]) -> list[dict[str, Any]]:
     if not file.is_file():
-        return
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return  # the last line of a killed run may be half written
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")
+    records = [_record(line) for line in lines]
+    if bad := [str(number) for number, record in enumerate(records, start=1) if record is None]:
+        say(f"{file}: what is no record of a step is left out: line {few(bad)}")
+    # The last line of a killed run may be half written.
+    return [record for record in (*records, _record(rest)) if record is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, where it holds one that can be written again."""
+    try:
+        record = json.loads(line)
+        _line(record)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _logged_in() -> bool:

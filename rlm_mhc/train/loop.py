@@ -100,6 +100,8 @@ def train(
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
             if saved or asked.save or asked.stop:
+                if log:
+                    log.retry()
                 saver.save(state, position, seen + number * plan.tokens_per_step, guard.values())
             if evaluated or saved or asked.save or drawn or number == first + 1:
                 # None of these, nor the first step, which compiles, says anything about speed.

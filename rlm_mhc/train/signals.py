@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple
 
@@ -34,7 +34,8 @@ class Signals:
     def agreed(self) -> Request:
         """What any rank was asked for, known to all of them in the same step: to be called once per step by each."""
         asked = torch.tensor([bool(self.stop), self.save], dtype=torch.int32)
-        self.save = False
+        if asked[1]:  # else one that comes now would be lost
+            self.save = False
         stop, save = self.vote.exchange(asked).bool().tolist()
         return Request(stop, save)
 
@@ -48,10 +49,10 @@ class Signals:
         else:
             self.stop = name
             if self.is_first:
+                said = f"\n{name}: finishing the step, then saving; once more ends it now\n"
                 # Not print: the signal may have come in the middle of one.
-                os.write(
-                    sys.stderr.fileno(), f"\n{name}: finishing the step, then saving; once more ends it now\n".encode()
-                )
+                with suppress(OSError):
+                    os.write(sys.stderr.fileno(), said.encode())
 
 
 @contextmanager
@@ -59,12 +60,21 @@ def watch_signals(ranks: Ranks) -> Iterator[Signals]:
     """Receive SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 where the system has them, until the context is left; outside of
     the main thread, which alone gets signals, none."""
     signals = Signals(ranks)
-    here = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in STOPPING + SAVING if here and hasattr(signal, name)]
-    former = {number: signal.signal(number, signals.receive) for number in numbers}
+    former = {number: signal.signal(number, signals.receive) for number in _receivable(STOPPING + SAVING)}
     try:
         yield signals
         signals.vote.close()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def ignore_saving() -> None:
+    """Let SIGUSR1 do nothing, rather than end the process, until there is something to save."""
+    for number in _receivable(SAVING):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _receivable(names: tuple[str, ...]) -> list[signal.Signals]:
+    here = threading.current_thread() is threading.main_thread()
+    return [getattr(signal, name) for name in names if here and hasattr(signal, name)]

@@ -16,6 +16,7 @@ from rlm_mhc.checkpoint import (
     restore_generators,
     seed_generators,
 )
+from rlm_mhc.checkpoint.run import STATE_FILE
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.data import Position, Prepared
 from rlm_mhc.fn import LMParams, adamw_init
@@ -30,6 +31,17 @@ from rlm_mhc.train.run_config import RunConfig
 
 # What says how and where to run, not what.
 NOT_COMPARED = ("output_dir", "resume", "resume_from_checkpoint", "resume_optimizer", "overwrite", "debug")
+
+
+# Values as `Saver` writes them; what is optional is not in every run's, or not in that of a step to replay.
+PLACE = {"position": Position(0)._asdict(), "windows": 0, "sequences_per_step": 0}
+OPTIONAL = {
+    "tokens": 0,
+    "watch": {"skipped": 0, "spikes": 0, "bad_in_a_row": 0, "losses": [0.0]},
+    "loss_scale": {"scale": 0.0, "good_steps": 0},
+    "lora": {"rank": 0},
+}
+MOST_SEQUENCES_PER_STEP = 1 << 20
 
 
 class Start(NamedTuple):
@@ -87,6 +99,7 @@ def starting_point(
         return _with_weights(run, checkpoint, device)
     _print_changes(run, checkpoint)
     if same_data and saved is not None:
+        _require_form(saved, PLACE, checkpoint)
         _require_line_up(run, saved, checkpoint, ranks.world)
     return _go_on(run, checkpoint, same_data, device, ranks)
 
@@ -98,8 +111,9 @@ def load_state(run: RunConfig, checkpoint: Path, device: torch.device, *, verify
         FileNotFoundError: when a file of it is missing.
         ValueError: when one is damaged, or it is of another model, or of other adapters.
     """
-    method = method_of(run, partial(_base, run, device))
-    require_same(method, describe_run(checkpoint), checkpoint)
+    method, described = method_of(run, partial(_base, run, device)), describe_run(checkpoint)
+    _require_form(described, {name: form for name, form in OPTIONAL.items() if name in described}, checkpoint)
+    require_same(method, described, checkpoint)
     params, config, optimizer, saved, generators = load_run(
         checkpoint, lambda params: adamw_init(method.read(checkpoint, params)), device, verify=verify
     )
@@ -121,7 +135,7 @@ def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.devi
     )
     if saved.get("torch_version") != torch.__version__:
         print(f"             torch {saved.get('torch_version')} wrote it: the last bits may differ", flush=True)
-    position = Position(**saved["position"]) if same_data else Position(run.seed)
+    position = _position(saved) if same_data else Position(run.seed)
     return Start(state, position, saved.get("tokens", 0), saved.get("watch", {}), method)
 
 
@@ -161,18 +175,42 @@ def _require_shape(run: RunConfig, checkpoint: Path, config: ModelConfig) -> Non
 
 def _require_line_up(run: RunConfig, saved: dict[str, Any], checkpoint: Path, world: int) -> None:
     """A run of this batch size would have to come by the place where the checkpoint is."""
-    position, training = Position(**saved["position"]), run.training
+    position, training = _position(saved), run.training
     consumed = position.epoch * saved["windows"] + position.offset
     per_step = training.sequences_per_step * world
     if consumed % per_step:
         before = saved["sequences_per_step"]
-        works = [n for n in range(1, 4 * before + 1) if consumed % n == 0]
+        works = [n for n in range(1, min(4 * before, MOST_SEQUENCES_PER_STEP) + 1) if consumed % n == 0]
         raise ValueError(
             f"{checkpoint}: it consumed {consumed} sequences, which is no whole number of steps of {per_step} "
             f"(training.batch_size={training.batch_size} × gradient_accumulation_steps="
             f"{training.gradient_accumulation_steps} × {world} ranks); {before} as before, or one of "
             f"{', '.join(map(str, works[-8:]))} sequences per step would work"
         )
+
+
+def _require_form(saved: dict[str, Any], form: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse values of other types or without the keys that those of a form have."""
+    for name, example in form.items():
+        if not _has_form(saved.get(name), example):
+            raise ValueError(
+                f"{checkpoint / STATE_FILE}: '{name}' is {str(saved.get(name))[:60]!r}, not what a run writes there, "
+                f"such as {example!r}"
+            )
+
+
+def _has_form(value: Any, example: Any) -> bool:
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(
+            name in value and _has_form(value[name], x) for name, x in example.items()
+        )
+    if isinstance(example, list):
+        return isinstance(value, list) and all(_has_form(item, example[0]) for item in value)
+    return type(value) is type(example)
+
+
+def _position(saved: dict[str, Any]) -> Position:
+    return Position(*(saved["position"][name] for name in Position._fields))
 
 
 def _print_changes(run: RunConfig, checkpoint: Path) -> None:

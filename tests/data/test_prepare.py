@@ -1,9 +1,13 @@
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
-from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, train_tokenizer
+from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, reuse, train_tokenizer
+from rlm_mhc.data.reuse import described
 
 WORDS = ["stream", "matrix", "row", "column", "gain", "token", "layer", "head"]
 
@@ -85,6 +89,69 @@ def test_an_interrupted_preparation_is_not_reused(tmp_path):
     (tmp_path / "meta.json").unlink()
     (tmp_path / "train.bin").write_bytes(b"half")
     assert run(tmp_path, texts(20)).train.total > 1
+
+
+def test_two_runs_at_once_in_a_folder_train_on_their_own_tokens_and_leave_those_of_one(tmp_path):
+    trained = train_tokenizer(source(texts(20)), 290)
+    trained.save_pretrained(tmp_path / "tokenizer")
+    reading = threading.Barrier(2)
+
+    def read(documents):
+        yield documents[0]
+        with suppress(threading.BrokenBarrierError):
+            reading.wait(1)  # where nothing keeps them apart, both are in the middle of it
+        yield from documents[1:]
+
+    def prepared(seed):
+        own = Source("test", str(seed), lambda bad: read(texts(250, seed)))
+        return run(tmp_path / "tokens", own, tokenizer=str(tmp_path / "tokenizer"))
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(prepared, (1, 2)))
+    for seed, data in enumerate(found, start=1):
+        decoded = trained.decode(inputs_and_last_target(data.train).tolist()).split("<|endoftext|>")
+        assert decoded[:-1] == [text for i, text in enumerate(texts(250, seed)) if i % 100 != 99]
+    meta = json.loads((tmp_path / "tokens" / "meta.json").read_text())
+    assert meta["files"] == {name: described(tmp_path / "tokens" / name) for name in ("train.bin", "eval.bin")}
+
+
+def test_tokens_that_are_not_those_written_are_made_anew(tmp_path):
+    run(tmp_path, texts(20))
+    whole = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(whole[::-1])
+    run(tmp_path, texts(20))
+    assert (tmp_path / "train.bin").read_bytes() == whole
+
+
+def test_a_disk_that_is_full_is_left_as_it_was(tmp_path):
+    def read(bad):
+        yield from texts(20)
+        raise OSError(28, "No space left on device")
+
+    run(tmp_path, texts(20))
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path, Source("test", "b", read), tokenizer=str(tmp_path / "tokenizer"))
+    assert {path.name for path in tmp_path.iterdir()} == before - {"meta.json"}
+
+
+def test_what_a_killed_run_was_making_is_removed(tmp_path):
+    (tmp_path / ".making-x").mkdir()
+    (tmp_path / ".making-x" / "train.bin").write_bytes(b"half")
+    run(tmp_path, texts(20))
+    assert not (tmp_path / ".making-x").exists()
+
+
+def test_a_checksum_is_of_all_of_a_small_file_and_of_both_ends_of_a_large_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(reuse, "SAMPLES", 4)
+    monkeypatch.setattr(reuse, "SAMPLE_BYTES", 8)
+    file = tmp_path / "file"
+    for size, changed in ((0, []), (32, range(32)), (99, [0, 7, 30, 37, 90, 97])):
+        found = []
+        for place in [None, *changed]:
+            file.write_bytes(bytes(place == i for i in range(size)))
+            found.append(tuple(described(file).items()))
+        assert len(set(found)) == 1 + len(changed)
 
 
 def test_bad_data_leaves_nothing_to_be_reused(tmp_path):

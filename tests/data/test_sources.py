@@ -60,7 +60,7 @@ def test_fingerprint_follows_the_content(tmp_path):
         (b"", ["empty"]),
         (b"\x89PNG\r\n\x1a\n\x00\xff", ["binary"]),
         (bytes(range(32)) * 3, ["line 1", "binary"]),
-        (b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1", "not JSON"]),
+        (b'{"text": ' + b"[" * 100_000 + b"\n", ["line 1", "nested too deep"]),
     ],
 )
 def test_bad_data_names_the_file_and_the_line(tmp_path, content, words):

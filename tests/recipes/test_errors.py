@@ -25,7 +25,7 @@ MISTAKES = {
     "training.optimizer.betas=[0.9,2]": ["training.optimizer.betas", "from 0"],
     "model.num_heads=3": ["model.num_heads=3", "divide hidden_dim=32"],
     "model.num_kv_heads=3": ["model.num_kv_heads=3", "divide num_heads=4"],
-    "model.mhc_flows=0": ["model.mhc_flows=0", "at least 1"],
+    "model.mhc_flows=0": ["model.mhc_flows=0", "from 1 to 256"],
     "model.mhc_projection=unconstrained": ["mhc_projection='unconstrained'", "use mhc_preset='hc'"],
     "training.mixed_precision=fp8": ["training.mixed_precision='fp8'", "bf16, fp16, fp32"],
     "training.remat=ful": ["training.remat='ful'", "none, mhc, full", "did you mean 'full'"],
@@ -124,4 +124,4 @@ def test_in_a_process_of_its_own():
     command = [sys.executable, str(RECIPES / "pretrain_1b.py"), "model.mhc_flows=0"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, stdin=subprocess.DEVNULL)
     assert done.returncode == 2
-    assert done.stderr == "error: model.mhc_flows=0: expected a number of at least 1\n"
+    assert done.stderr == "error: model.mhc_flows=0: expected a number from 1 to 256\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlm_mhc.checkpoint.run import _state_checksum
 from rlm_mhc.testing.models import SMALL_RUN
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -28,10 +29,10 @@ def started(corpus, tmp_path):
     """A run in a process of its own, that has logged a step."""
     processes = []
 
-    def start(*arguments, resources=None):
+    def start(*arguments, output=subprocess.PIPE):
         out = tmp_path / "run"
         command = [sys.executable, str(RECIPES / "pretrain_1b.py"), *SMALL_RUN, f"data.train_path={corpus}"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=resources)
+        pipes = dict(stdout=output, stderr=output, text=True)
         process = subprocess.Popen([*command, f"output_dir={out}", *arguments], **pipes)
         processes.append(process)
         while process.poll() is None and not ((out / "metrics.jsonl").is_file() and records(out)):
@@ -87,6 +88,35 @@ def test_sigusr1_saves_and_goes_on_and_a_second_sigterm_ends_at_once(started):
     process.send_signal(signal.SIGCONT)
     process.wait(60)
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+
+
+def test_what_cannot_be_said_ends_nothing(started):
+    with open("/dev/full", "w") as full:
+        process, out = started("training.max_steps=6", "mhc.target_amax=1e-6", output=full)
+    process.wait(60)
+    assert process.returncode == 0
+    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert (out / "checkpoints" / "checkpoint-6").is_dir()
+
+
+def test_interrupted_together_with_the_reader_of_its_output_a_run_saves_all_the_same(started):
+    process, out = started("training.max_steps=100000")
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    assert process.returncode == 0
+    assert len(list((out / "checkpoints").glob("checkpoint-*"))) == 1
+
+
+def test_sigusr1_while_nothing_can_be_saved_yet_is_passed_over(corpus, tmp_path):
+    command = [sys.executable, str(RECIPES / "pretrain_1b.py"), *SMALL_RUN, f"data.train_path={corpus}"]
+    command += [f"output_dir={tmp_path / 'run'}", "training.max_steps=1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        said = process.stdout.readline()  # it is about to read its data
+        process.send_signal(signal.SIGUSR1)
+        said += process.stdout.read()
+    assert process.returncode == 0, said
 
 
 def test_auto_passes_over_a_damaged_checkpoint_and_comes_out_the_same(pretrain, corpus, tmp_path):
@@ -158,3 +188,33 @@ def test_a_disk_that_takes_no_more_does_not_end_the_run_before_its_end(pretrain,
     assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
     assert {path: path.read_bytes() for path in whole} == whole
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
+
+
+def test_no_checkpoint_is_newer_than_what_is_logged(pretrain, corpus, tmp_path, monkeypatch):
+    out, whole = tmp_path / "run", Path.open
+
+    def opened(path, mode="r", *arguments, **options):
+        if path.name == "metrics.jsonl" and mode == "ab":
+            raise OSError(28, "No space left on device")
+        return whole(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert pretrain(f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=1").code == 0
+    assert [r["step"] for r in records(out)] == [1]
+
+
+def test_a_state_of_another_form_is_refused_by_name_even_where_its_checksum_fits(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}"]
+    assert pretrain(*arguments, "training.max_steps=1").code == 0
+    file = out / "checkpoints" / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["xxh3_128"]
+    place = {"seed": 42, "epoch": 0, "offset": None}
+    wrong = [("position", None), ("position", place), ("windows", "9"), ("tokens", []), ("watch", {"losses": [1]})]
+    for name, value in wrong:
+        changed = state | {name: value}
+        file.write_text(json.dumps(changed | {"xxh3_128": _state_checksum(changed)}))
+        result = pretrain(*arguments, "training.max_steps=2", "resume=auto")
+        assert result.code == 2
+        assert f"{file}: '{name}' is" in result.last_error
