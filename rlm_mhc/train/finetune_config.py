@@ -67,9 +67,7 @@ class FinetuneData(DataConfig):
 
         def read(folder: Path, name: str, vocab_size: int) -> Prepared:
             tokenizer = load_tokenizer(name, vocab_size)
-            if kind == "chat":
-                tokenizer = with_template(tokenizer, self.chat_template)
-            parse = (chat_parse if kind == "chat" else completion_parse)(tokenizer)
+            parse = chat_parse(with_template(tokenizer, self.chat_template)) if kind == "chat" else completion_parse()
             source, eval_source = (record_source(path, parse, key=key) if path else None for key, path in paths.items())
             assert source is not None
             print(f"data         {source.name}, of the format {kind}", flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.data.tokenizer import beginning
 from rlm_mhc.fn import LMParams, generate
 
 CONTEXT = 5
@@ -45,8 +46,10 @@ def sample_text(
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt, those of an empty one being end of text, after which a document begins."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    """The ids of a prompt, which begins as the tokenizer begins every text, if it does not spell that itself. Where it
+    begins with nothing, those of an empty one are end of text, after which a document begins."""
+    ids, first = tokenizer(prompt, add_special_tokens=False)["input_ids"], beginning(tokenizer)
+    return (ids if ids[:1] == first else first + ids) or [tokenizer.eos_token_id]
 
 
 def text_pieces(tokenizer: Any, tokens: Iterable[int], before: list[int]) -> Iterator[str]:
