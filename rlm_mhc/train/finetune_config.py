@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlm_mhc.checkpoint import load_config
+from rlm_mhc.checkpoint.config_files import load_generation_config
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.data import (
     Prepared,
@@ -109,6 +110,11 @@ class FinetuneConfig(RunConfig):
     def adapters(self) -> LoraConfig | None:
         """Those that are trained in place of all weights."""
         return self.lora if self.lora.rank else None
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """That of the checkpoint."""
+        return load_generation_config(Path(self.checkpoint))
 
     @property
     def tokenizer(self) -> str:
