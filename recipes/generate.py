@@ -133,4 +133,4 @@ def main(run: GenerateConfig) -> None:
 
 
 if __name__ == "__main__":
-    command(GenerateConfig, __file__, main)
+    command(GenerateConfig, __file__, main, texts=["prompt"])

@@ -69,6 +69,29 @@ def test_generation_ends_where_the_checkpoint_says(recipe, checkpoint, tmp_path)
     assert (result.code, "eos_token_id='</s>': expected the id" in result.last_error) == (2, True)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Hello, world",
+        "It's late",
+        'say "hi',
+        "key: {a}",
+        "f(x) = [1",
+        "2024",
+        "${x}",
+        "a=b",
+        "null",
+        " x ",
+        "\\",
+        "#",
+        "",
+    ],
+)
+def test_any_sentence_is_a_prompt_as_it_stands(recipe, checkpoint, prompt):
+    result = run(recipe, checkpoint, f"prompt={prompt}", "max_new_tokens=1", "temperature=0")
+    assert result.out.startswith(prompt)
+
+
 def test_speed_of_prompt_and_decoding_is_told_apart_on_stderr(recipe, checkpoint):
     result = run(recipe, checkpoint, "prompt=the list", "max_new_tokens=4", "temperature=0")
     assert re.search(r"prompt of \d+ tokens at [\d.,]+ tokens/s, \d+ decoded at [\d.,]+ tokens/s", result.err)
@@ -131,6 +154,7 @@ def test_sampled_text_stays_within_the_models_positions(checkpoint):
     assert text.startswith("the list")
     assert text == sample_text(params, config, tokenizer, "the list", tokens=500)
     assert sample_text(params, config, tokenizer, WORDS * 4) == WORDS * 4
+    assert sample_text(params, config, tokenizer, "the list", turn_ends=range(1, 300)) == "the list"
 
 
 def test_a_checkpoints_tokenizer_is_loaded_without_a_question(checkpoint, capfd):
