@@ -156,7 +156,10 @@ RECORDS = st.fixed_dictionaries(
 class Tokenizer:
     """What the formats ask of one, with transformers' rendering."""
 
-    eos_token, bos_token_id, all_special_tokens, name_or_path, chat_template = "</s>", None, ["</s>"], "fake", CHATML
+    eos_token, added_tokens_decoder, name_or_path, chat_template = "</s>", {}, "fake", CHATML
+
+    def get_chat_template(self, *, tools):
+        return self.chat_template
 
     def apply_chat_template(self, messages, *, tools, tokenize, add_generation_prompt):
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -168,14 +171,14 @@ class Tokenizer:
         return text
 
 
-@given(st.lists(RECORDS, max_size=4), st.sampled_from([chat_parse, completion_parse]))
+@given(st.lists(RECORDS, max_size=4), st.sampled_from([chat_parse(Tokenizer()), completion_parse()]))
 def test_any_records_are_examples_or_counted_or_an_error(records, parse):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "data.jsonl")
         file.write_text("\n".join(map(json.dumps, records)))
         result_or_error(lambda: find_format(str(file), "text"))
         bad = BadLines(strict=False, max_fraction=1.0)
-        examples = result_or_error(lambda: list(record_source(str(file), parse(Tokenizer())).read(bad)))
+        examples = result_or_error(lambda: list(record_source(str(file), parse).read(bad)))
         if examples is not None:
             assert all(part.text.encode() for example in examples for part in example.segments)
             assert len(examples) + bad.bad == bad.lines

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlm_mhc import ModelConfig, fn, load_pretrained
+from rlm_mhc.checkpoint.config_files import load_generation_config, stop_tokens
 from rlm_mhc.data.tokenizer import load_tokenizer
 from rlm_mhc.program import make_decoder
 from rlm_mhc.train import command, pick_device
@@ -99,6 +100,7 @@ def main(run: GenerateConfig) -> None:
     check_compiler(device, run.compile)
     params, config = load_pretrained(run.checkpoint, device=device)
     tokenizer = load_tokenizer(run.checkpoint, config.vocab_size)
+    stops = stop_tokens(load_generation_config(Path(run.checkpoint))) or [tokenizer.eos_token_id]
     prompts = [(prompt, encode(tokenizer, prompt)) for prompt in read_prompts(run)]
     size = require_room(run, config, max(len(ids) for _, ids in prompts))
     decoder = make_decoder(config, cache_size=size, compiled=run.compile)
@@ -110,7 +112,7 @@ def main(run: GenerateConfig) -> None:
             torch.tensor([ids], device=device),
             config,
             max_new_tokens=count,
-            stop_tokens=[tokenizer.eos_token_id],
+            stop_tokens=stops,
             generator=generator,
             vocab_size=len(tokenizer),
             decoder=decoder,
@@ -124,11 +126,11 @@ def main(run: GenerateConfig) -> None:
     for prompt, ids in prompts:
         clock = Clock()
         print(prompt, end="", flush=True)
-        for piece in text_pieces(tokenizer, clock.watch(steps(ids, run.max_new_tokens)), ids):
+        for piece in text_pieces(tokenizer, clock.watch(steps(ids, run.max_new_tokens)), ids, stops):
             print(piece, end="", flush=True)
         print(flush=True)
         print(f"prompt of {len(ids)} tokens at {len(ids) / clock.first:,.1f} tokens/s, {clock}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    command(GenerateConfig, __file__, main)
+    command(GenerateConfig, __file__, main, texts=["prompt"])

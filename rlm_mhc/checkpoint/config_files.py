@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,44 @@ def write_yaml(file: Path, config: ModelConfig) -> None:
     replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def write_generation_config(folder: Path, tokenizer: Any) -> None:
-    """Write the tokens at which generation ends, and with which it pads."""
+def write_generation_config(
+    folder: Path, tokenizer: Any, base: Mapping[str, Any] | None = None, turn_ends: Sequence[int] = ()
+) -> None:
+    """Write what `base` says of generation, with more tokens at which it ends: the tokenizer's end of text and
+    `turn_ends`; and a token with which it pads, if there is none."""
+    base = base or {}
+    stops = list(dict.fromkeys([*stop_tokens(base), tokenizer.eos_token_id, *turn_ends]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    text = json.dumps({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}, indent=2) + "\n"
+    # What begins with "_" says where the file came from, which is no longer so.
+    kept = {name: value for name, value in base.items() if not name.startswith("_")}
+    fields = {"pad_token_id": pad} | kept | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    text = json.dumps(fields, indent=2) + "\n"
     replace_file(folder / GENERATION_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def load_generation_config(folder: Path) -> dict[str, Any]:
+    """What a folder's `generation_config.json` holds; nothing if there is none.
+
+    Raises:
+        ValueError: naming the file, when it is damaged, or ends generation at what is no token.
+    """
+    file = folder / GENERATION_FILE
+    fields = read_json(file, LARGEST_CONFIG_BYTES) if file.is_file() else {}
+    if not all(type(token) is int and token >= 0 for token in stop_tokens(fields)):
+        raise ValueError(
+            f"{file}: eos_token_id={fields['eos_token_id']!r}: expected the id of a token, or a list of ids"
+        )
+    return fields
+
+
+def stop_tokens(generation: Mapping[str, Any]) -> list[int]:
+    """The tokens at which a generation config ends generation.
+
+    >>> [stop_tokens({"eos_token_id": found}) for found in (2, [2, 7], None)]
+    [[2], [2, 7], []]
+    """
+    found = generation.get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def write_code(folder: Path) -> None:

@@ -27,13 +27,14 @@ def with_template(tokenizer: Any, name: str | None) -> Any:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the tokenizer has none and none is named.
+        ValueError: when the tokenizer has none, or several and no default one, and none is named.
     """
     if name is not None and name != "chatml" and not Path(name).is_file():
         raise FileNotFoundError(f"data.chat_template={name}: no such file; give a file of Jinja, or chatml")
     if name is not None:
         tokenizer.chat_template = CHATML if name == "chatml" else Path(name).read_text(encoding="utf-8")
-    if not isinstance(tokenizer.chat_template, str):
+    own = tokenizer.chat_template
+    if own is None or (isinstance(own, dict) and "default" not in own):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template to write conversations with; "
             "give one by data.chat_template=FILE (Jinja), or data.chat_template=chatml"
@@ -61,10 +62,22 @@ def turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str
             tokenizer,
         )
 
-    if MARKED.search(tokenizer.chat_template):
-        return _marked(tokenizer, messages, tools, where)
+    def opening(index: int) -> str:
+        if index:
+            return render(index, True)
+        # Templates take no empty conversation, so the first turn's header is found by what announces a second.
+        turn = render(1, False)
+        header = render(1, True)[len(turn) :]
+        before, found, _ = turn.partition(header) if header else ("", "", turn)
+        if found != header:
+            raise ValueError(f"{where}: the chat template does not tell where the first message's words begin")
+        return before + header
+
+    template = tokenizer.get_chat_template(tools=tools)
+    if MARKED.search(template):
+        return _marked(tokenizer, template, messages, tools, where)
     ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    texts = [text for i in ends for text in (render(i, True), render(i + 1, False))]
+    texts = [text for i in ends for text in (opening(i), render(i + 1, False))]
     pieces, before = [], ""
     for number, text in enumerate([*texts, render(len(messages), False)]):
         if not text.startswith(before):
@@ -78,10 +91,12 @@ def turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str
     return pieces[:-1]
 
 
-def _marked(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str) -> list[tuple[str, bool]]:
+def _marked(
+    tokenizer: Any, template: str, messages: list[dict[str, Any]], tools: Any, where: str
+) -> list[tuple[str, bool]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given = {"chat_template": tokenizer.chat_template, "return_assistant_tokens_mask": True}
+    given = {"chat_template": template, "return_assistant_tokens_mask": True}
     (text,), (places,) = _rendered(
         lambda: render_jinja_template([messages], tools=tools, **given, **tokenizer.special_tokens_map),
         where,

@@ -1,7 +1,9 @@
 """Examples of their own: one to a row, so that none attends to another, and the loss on a part of each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -12,12 +14,13 @@ from rlm_mhc.data.instructions import Example
 from rlm_mhc.data.packing import HELD_OUT_EVERY, hold_out, padded
 from rlm_mhc.data.prepare import Prepared, bad_share, digest, say_bad_lines, says_held_out
 from rlm_mhc.data.reuse import locked, make_or_reuse
+from rlm_mhc.data.segments import segment_ids
 from rlm_mhc.data.sources import BadLines, Source
-from rlm_mhc.data.token_file import batches, read_tokens, token_dtype, token_ids
-from rlm_mhc.data.tokenizer import tokenizer_fingerprint
+from rlm_mhc.data.token_file import batches, read_tokens, token_dtype
+from rlm_mhc.data.tokenizer import beginning, special_tokens, tokenizer_fingerprint
 from rlm_mhc.types import IGNORED_TARGET
 
-FORMAT = 1
+FORMAT = 2
 KINDS = ("bin", "counted", "lengths")
 COUNTED, LENGTHS = np.dtype(np.bool_), np.dtype(np.uint32)
 
@@ -98,7 +101,8 @@ def prepare_examples(
     )
     if meta["cut"]:
         say(f"cut          {meta['cut']:,} examples at data.max_length={max_length} tokens")
-    return Prepared(train, evaluation, tokenizer, digest([key, train.total]), bad_share(meta))
+    ends = turn_ends(train, special_tokens(tokenizer).values())
+    return Prepared(train, evaluation, tokenizer, digest([key, train.total]), bad_share(meta), ends)
 
 
 def encode(
@@ -109,22 +113,41 @@ def encode(
     Raises:
         ValueError: as `BadLines` has it on an example without a target.
     """
-    for batch in batches(examples, lambda example: sum(len(part.text) for part in example.segments)):
-        parts = [part for example in batch for part in example.segments]
-        ids = {
-            special: iter(token_ids([p.text for p in parts if p.special == special], tokenizer, special=special))
-            for special in (False, True)
-        }
-        for example in batch:
-            rows = [(token, part.counted) for part in example.segments for token in next(ids[part.special])]
-            cut = rows[: length + 1]
-            tokens, counted = (np.array([row[i] for row in cut]) for i in range(2))
-            if counted[1:].any():
-                used = int(np.flatnonzero(counted)[-1]) + 1
-                yield tokens[:used], counted[:used], len(rows) > length + 1
-                continue
-            what = f"none of the first {length} (data.max_length) of its {len(rows)} tokens is before one that counts"
-            bad.skip(ValueError(f"{example.where}: {what}; raise that, or shorten the prompt"), counted=True)
+    for example, row in _rows(examples, tokenizer):
+        cut = row[: length + 1]
+        tokens, counted = (np.array([column[i] for column in cut]) for i in range(2))
+        if counted[1:].any():
+            used = int(np.flatnonzero(counted)[-1]) + 1
+            yield tokens[:used], counted[:used], len(row) > length + 1
+            continue
+        what = f"none of the first {length} (data.max_length) of its {len(row)} tokens is before one that counts"
+        bad.skip(ValueError(f"{example.where}: {what}; raise that, or shorten the prompt"), counted=True)
+
+
+def turn_ends(examples: Examples, special: Collection[int]) -> tuple[int, ...]:
+    """Those of the special tokens with which what counts ends, in whole examples.
+
+    >>> counted = np.array([False, True, True, False, True])
+    >>> turn_ends(Examples(np.array([5, 6, 1, 5, 2]), counted, np.array([3, 5]), 4, 0, 2), [0, 1, 2])
+    (1, 2)
+    """
+    last = np.append(~examples.counted[1:], True)
+    last[examples.ends - 1] = np.diff(examples.ends, prepend=0) <= examples.length  # a longer one may have been cut
+    return tuple(token for token in np.unique(examples.tokens[examples.counted & last]).tolist() if token in special)
+
+
+def _rows(examples: Iterator[Example], tokenizer: Any) -> Iterator[tuple[Example, list[tuple[int, bool]]]]:
+    """Of each example the tokens, and whether they count."""
+    first, last = [(token, False) for token in beginning(tokenizer)], (tokenizer.eos_token_id, True)
+    # A segment is tokenized by itself, behind the one before it, and before the one behind it.
+    for batch in batches(examples, lambda example: 3 * sum(len(part.text) for part in example.segments)):
+        for rendered, group in groupby(batch, attrgetter("rendered")):
+            alike = list(group)
+            texts = [[part.text for part in example.segments] for example in alike]
+            for example, ids in zip(alike, segment_ids(texts, tokenizer, special=rendered), strict=True):
+                parts = zip(example.segments, ids, strict=True)
+                row = [(token, part.counted) for part, own in parts for token in own]
+                yield example, row if rendered else [*first, *row, last]
 
 
 def _write(

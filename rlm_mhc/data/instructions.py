@@ -1,10 +1,12 @@
 """Instruction data: a JSON record as segments of text, those that the loss counts and those that it does not."""
 
-from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rlm_mhc.data.chat import turns
 from rlm_mhc.data.sources import BadLines, Parse, record_source, string_field, whole_characters
+from rlm_mhc.data.tokenizer import special_tokens
 
 FORMATS = ("auto", "text", "completion", "chat")
 COMPLETION = '{"prompt": "…", "completion": "…"}'
@@ -13,20 +15,21 @@ ONE_FORMAT = "all lines of a data set have one format, that of the first good on
 
 
 class Segment(NamedTuple):
-    """A text that is tokenized by itself, so that its boundaries are those of tokens.
-
-    `counted`: the loss is on its tokens. `special`: a special token spelled in it is meant, not its letters.
-    """
+    """A text whose boundaries are those of tokens; `counted`: the loss is on them."""
 
     text: str
     counted: bool
-    special: bool
 
 
 class Example(NamedTuple):
-    """Segments in their order, and `where` they were read, for errors."""
+    """Segments in their order, none of them empty, and `where` they were read, for errors.
+
+    `rendered`: a template wrote them, special tokens and all. Otherwise what spells such a token are letters, and an
+    example begins as the tokenizer begins every text, and ends with end of text, which counts.
+    """
 
     segments: tuple[Segment, ...]
+    rendered: bool
     where: str
 
 
@@ -54,35 +57,21 @@ def find_format(path: str, text_field: str, key: str = "data.train_path") -> str
     raise ValueError(bad.first or f"{key}={path}: it has no line; expected {expected}")
 
 
-def completion_parse(tokenizer: Any) -> Parse:
-    """`{"prompt", "completion"}` as the prompt, which begins as the tokenizer begins every text, and the completion
-    with the end-of-text token, on which the loss is.
+def completion_parse() -> Parse:
+    """`{"prompt", "completion"}` as the prompt and the completion, on which the loss is.
 
-    >>> from types import SimpleNamespace
-    >>> tokenizer = SimpleNamespace(eos_token="</s>", bos_token_id=None)
-    >>> completion_parse(tokenizer).read({"prompt": "1+1=", "completion": "2"}, "line 1").segments[1:]
-    (Segment(text='2', counted=True, special=False), Segment(text='</s>', counted=True, special=True))
+    >>> completion_parse().read({"prompt": "1+1=", "completion": "2"}, "line 1").segments
+    (Segment(text='1+1=', counted=False), Segment(text='2', counted=True))
     """
-    first = tokenizer.bos_token if begins_texts(tokenizer) else ""
 
     def read(record: dict[str, Any], where: str) -> Example:
         prompt, completion = (string_field(record, name, where, ONE_FORMAT) for name in ("prompt", "completion"))
         if not completion:
             raise ValueError(f"{where}: field 'completion' is empty, so there is nothing to learn")
-        parts = (
-            Segment(first, False, True),
-            Segment(prompt, False, False),
-            Segment(completion, True, False),
-            Segment(tokenizer.eos_token, True, True),
-        )
-        return Example(tuple(part for part in parts if part.text), where)
+        parts = Segment(prompt, False), Segment(completion, True)
+        return Example(tuple(part for part in parts if part.text), False, where)
 
     return Parse(read, COMPLETION, "completion")
-
-
-def begins_texts(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts its beginning-of-text token before a text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]
 
 
 def chat_parse(tokenizer: Any) -> Parse:
@@ -90,23 +79,26 @@ def chat_parse(tokenizer: Any) -> Parse:
 
     A record's `tools`, where it has some, go to the template too.
     """
-    template = tokenizer.chat_template
+    special = tuple(special_tokens(tokenizer))
 
     def read(record: dict[str, Any], where: str) -> Example:
         messages = _messages(record, where)
         parts = turns(tokenizer, messages, record.get("tools"), where)
-        return Example(tuple(_segments(parts, tokenizer)), where)
+        return Example(_segments(parts, special), True, where)
 
-    return Parse(read, CHAT, ["chat", template])
+    return Parse(read, CHAT, ["chat", tokenizer.chat_template])
 
 
-def _segments(parts: list[tuple[str, bool]], tokenizer: Any) -> Iterator[Segment]:
+def _segments(parts: list[tuple[str, bool]], special: tuple[str, ...]) -> tuple[Segment, ...]:
     """Space behind the token that ends a turn is the template's, not the assistant's: it does not count."""
+    cut = []
     for text, counted in parts:
         body = text.rstrip()
-        if not counted or not any(body.endswith(token) for token in tokenizer.all_special_tokens):
+        if not counted or not body.endswith(special):
             body = text
-        yield from (Segment(part, own, True) for part, own in ((body, counted), (text[len(body) :], False)) if part)
+        cut += [(body, counted), (text[len(body) :], False)]
+    runs = groupby((part for part in cut if part[0]), itemgetter(1))
+    return tuple(Segment("".join(text for text, _ in run), counted) for counted, run in runs)
 
 
 def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rlm_mhc.data.packing import HELD_OUT_EVERY, Rows, hold_out, windows
 from rlm_mhc.data.reuse import locked, make_or_reuse, write_whole
 from rlm_mhc.data.sources import BadLines, Source
 from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
-from rlm_mhc.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from rlm_mhc.data.tokenizer import beginning, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 FORMAT = 3
 TRAIN_FILE, EVAL_FILE = "train.bin", "eval.bin"
@@ -23,13 +23,15 @@ TRAIN_FILE, EVAL_FILE = "train.bin", "eval.bin"
 
 class Prepared(NamedTuple):
     """Rows to train on and to evaluate on (possibly none), the tokenizer they were made with, a fingerprint of the
-    training rows: where it is the same, so is each row; and the share of the lines read that were bad."""
+    training rows: where it is the same, so is each row; the share of the lines read that were bad; and the special
+    tokens that end what is to be said, where that is a part of each row only."""
 
     train: Rows
     evaluation: Rows
     tokenizer: Any
     fingerprint: str
     bad_fraction: float = 0.0
+    turn_ends: tuple[int, ...] = ()
 
 
 def prepare(
@@ -75,7 +77,7 @@ def prepare(
     origin = f"reused from {folder}" if reused else f"from {meta['documents']:,} documents"
     say_bad_lines(meta, say)
     own = meta["train"] + (meta["eval"] if eval_source is None else 0)
-    if own <= meta["documents"]:  # ends of text alone
+    if own <= meta["documents"] * len([*beginning(made), made.eos_token_id]):  # beginnings and ends of text alone
         raise ValueError(f"{source.name}: it holds no text to train on")
     if evaluation.total < 1 and eval_source is not None:
         raise ValueError(f"{eval_source.name}: it holds no text to evaluate on")

@@ -7,6 +7,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from rlm_mhc.data.tokenizer import beginning
+
 T = TypeVar("T")
 BATCH_CHARACTERS = 4_000_000
 
@@ -21,11 +23,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def encode_documents(texts: Iterable[str], tokenizer: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The ids of each document with end-of-text behind them; batches are encoded in parallel by `tokenizers`."""
+    """The ids of each document, which begins as the tokenizer begins every text, with end-of-text behind them; batches
+    are encoded in parallel by `tokenizers`."""
+    first = beginning(tokenizer)
     for batch in batches(texts, len):
         # A document that spells a special token means its letters, not the token.
         for ids in token_ids(batch, tokenizer, special=False):
-            yield np.asarray([*ids, tokenizer.eos_token_id], dtype=dtype)
+            yield np.asarray([*first, *ids, tokenizer.eos_token_id], dtype=dtype)
 
 
 def token_ids(texts: list[str], tokenizer: Any, *, special: bool) -> list[list[int]]:

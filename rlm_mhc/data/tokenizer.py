@@ -99,11 +99,24 @@ def has_tokenizer(folder: Path) -> bool:
     return any(folder.glob("*token*")) or any(folder.glob("vocab*"))
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, where a tokenizer puts it before every text by itself; otherwise nothing."""
+    begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]
+    return [tokenizer.bos_token_id] if begins else []
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """All special tokens with their ids, those among them that have no role of transformers', as `<|im_end|>`."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: number for number, token in added if token.special}
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A digest of everything that decides how text is encoded."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{tokenizer.eos_token_id}:{content}".encode()).hexdigest()[:16]
+    marks = ":".join(map(str, [*beginning(tokenizer), tokenizer.eos_token_id]))
+    return hashlib.sha256(f"{marks}:{content}".encode()).hexdigest()[:16]
 
 
 def _head(texts: Iterator[str], characters: int) -> Iterator[str]:

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ def command(
     script: str,
     main: Callable[[T], int | None],
     complete: Callable[[dict[str, Any]], Mapping[str, Any]] = dict,
+    texts: Collection[str] = (),
 ) -> None:
     """Run `main(config)` with the config that Hydra composes for a recipe, and exit.
 
@@ -29,6 +30,7 @@ def command(
         script: the recipe's `__file__`; its config is `configs/<name>.yaml` beside it.
         main: the recipe; what it returns is the exit code.
         complete: what the config is built from, given the values that Hydra composed.
+        texts: keys whose values are any text, taken as it stands: to Hydra, `a, b` and `f(x)` are more than that.
 
     A mistake of the user's ends with exit code 2 and `error: …` as the last line of stderr; `debug=true` adds the
     traceback. Whatever else goes wrong keeps its traceback. What is said to a full disk or a pipe that nobody reads is
@@ -45,10 +47,11 @@ def command(
     folder, name = Path(script).resolve().parent / "configs", Path(script).stem
     debug = "debug=true" in map(str.lower, sys.argv)
     composed: list[Any] = []
+    given, sys.argv[1:] = split_texts(sys.argv[1:], texts)
 
     @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
     def compose(config: DictConfig) -> None:
-        composed.append(OmegaConf.to_container(config, resolve=True))
+        composed.append({**OmegaConf.to_container(config, resolve=True), **given})
 
     try:
         compose()
@@ -67,6 +70,17 @@ def command(
         if not _out_of_memory(error):
             raise
         fail(f"out of memory ({_one_line(error)[:200]}); {MEMORY_ADVICE}", 3, debug)
+
+
+def split_texts(arguments: Sequence[str], texts: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of those keys, as they were typed, and the other arguments.
+
+    >>> split_texts(["prompt=Hello, world", "seed=1"], ["prompt"])
+    ({'prompt': 'Hello, world'}, ['seed=1'])
+    """
+    pairs = [argument.partition("=") for argument in arguments]
+    given = {key: value for key, equals, value in pairs if equals and key in texts}
+    return given, ["".join(pair) for pair in pairs if not (pair[1] and pair[0] in texts)]
 
 
 def fail(message: str, code: int, debug: bool = False) -> None:

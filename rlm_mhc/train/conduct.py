@@ -111,7 +111,8 @@ def conduct(
     losses = [r["eval/loss"] for r in log.records if r.get("eval/loss") is not None]
     if losses:
         print(f"eval loss    {losses[0]:.3f} at the start, {losses[-1]:.3f} now")
-    text = sample_text(start.method.model_of(state.params), run.model, data.tokenizer, "The", seed=run.seed)
+    params = start.method.model_of(state.params)
+    text = sample_text(params, run.model, data.tokenizer, "The", seed=run.seed, turn_ends=data.turn_ends)
     print("sample text:\n" + textwrap.indent(text, "    "))
     print(f"written to   {folder} (curves.png, metrics.jsonl); newest checkpoint: {newest}")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlm_mhc.checkpoint import load_config
+from rlm_mhc.checkpoint.config_files import load_generation_config
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.data import (
     Prepared,
@@ -67,9 +68,7 @@ class FinetuneData(DataConfig):
 
         def read(folder: Path, name: str, vocab_size: int) -> Prepared:
             tokenizer = load_tokenizer(name, vocab_size)
-            if kind == "chat":
-                tokenizer = with_template(tokenizer, self.chat_template)
-            parse = (chat_parse if kind == "chat" else completion_parse)(tokenizer)
+            parse = chat_parse(with_template(tokenizer, self.chat_template)) if kind == "chat" else completion_parse()
             source, eval_source = (record_source(path, parse, key=key) if path else None for key, path in paths.items())
             assert source is not None
             print(f"data         {source.name}, of the format {kind}", flush=True)
@@ -111,6 +110,11 @@ class FinetuneConfig(RunConfig):
     def adapters(self) -> LoraConfig | None:
         """Those that are trained in place of all weights."""
         return self.lora if self.lora.rank else None
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """That of the checkpoint."""
+        return load_generation_config(Path(self.checkpoint))
 
     @property
     def tokenizer(self) -> str:

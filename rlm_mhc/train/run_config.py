@@ -140,6 +140,11 @@ class RunConfig:
         return None
 
     @property
+    def generation(self) -> dict[str, Any]:
+        """The generation config of the model that training starts from."""
+        return {}
+
+    @property
     def tokenizer(self) -> str:
         """`auto`, or the path or name of a tokenizer."""
         return self.data.tokenizer

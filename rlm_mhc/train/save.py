@@ -31,6 +31,7 @@ class Saver:
 
     def __init__(self, run: RunConfig, data: Prepared, ranks: Ranks, method: Method = FULL) -> None:
         self.run, self.data, self.ranks, self.method = run, data, ranks, method
+        self.generation = run.generation
         self.writer = Writer(lambda line: tqdm.write(f"{line}; the training goes on, earlier checkpoints are whole"))
         self.newest = -1
 
@@ -95,7 +96,7 @@ class Saver:
         self.method.write(folder, trained)
         write_config(self.run, folder / CONFIG_FILE)
         self.data.tokenizer.save_pretrained(folder)
-        write_generation_config(folder, self.data.tokenizer)
+        write_generation_config(folder, self.data.tokenizer, self.generation, self.data.turn_ends)
 
     def _describe(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> dict[str, Any]:
         described = {

@@ -1,11 +1,12 @@
 """Text of a model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.data.tokenizer import beginning
 from rlm_mhc.fn import LMParams, generate
 
 CONTEXT = 5
@@ -21,9 +22,11 @@ def sample_text(
     temperature: float = 0.8,
     top_k: int = 40,
     seed: int = 0,
+    turn_ends: Sequence[int] = (),
 ) -> str:
-    """`prompt` and a continuation of at most `tokens` tokens, ending early at end of text and where the model's
-    positions end."""
+    """`prompt` and a continuation of at most `tokens` tokens, ending early at end of text, at a token of `turn_ends`
+    and where the model's positions end."""
+    stops = [tokenizer.eos_token_id, *turn_ends]
     device = params.norm.weight.device
     ids = encode(tokenizer, prompt)
     new = min(tokens, config.max_seq_len - len(ids))
@@ -35,31 +38,36 @@ def sample_text(
         torch.tensor([ids], device=device),
         config,
         max_new_tokens=new,
-        stop_tokens=[tokenizer.eos_token_id],
+        stop_tokens=stops,
         generator=generator,
         vocab_size=len(tokenizer),
         temperature=temperature,
         top_k=top_k,
     )
-    return prompt + "".join(text_pieces(tokenizer, out.tokens[0, len(ids) : out.lengths[0]].tolist(), ids))
+    return prompt + "".join(text_pieces(tokenizer, out.tokens[0, len(ids) : out.lengths[0]].tolist(), ids, stops))
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt, those of an empty one being end of text, after which a document begins."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    """The ids of a prompt, which begins as the tokenizer begins every text, if it does not spell that itself. Where it
+    begins with nothing, those of an empty one are end of text, after which a document begins."""
+    ids, first = tokenizer(prompt, add_special_tokens=False)["input_ids"], beginning(tokenizer)
+    return (ids if ids[:1] == first else first + ids) or [tokenizer.eos_token_id]
 
 
-def text_pieces(tokenizer: Any, tokens: Iterable[int], before: list[int]) -> Iterator[str]:
+def text_pieces(
+    tokenizer: Any, tokens: Iterable[int], before: list[int], stop_tokens: Collection[int]
+) -> Iterator[str]:
     """The text of tokens as it becomes known: a character whose bytes lie in several tokens comes with the last.
 
     Args:
         tokenizer: theirs.
-        tokens: ids, end of text being none of it.
+        tokens: ids, up to the first stop token, which is none of the text.
         before: what came before them: some tokenizers write a word differently at the start of a text.
+        stop_tokens: at which generation ends.
     """
     ids, start, told = list(before), max(0, len(before) - CONTEXT), len(before)
     for token in tokens:
-        if token == tokenizer.eos_token_id:
+        if token in stop_tokens:
             break
         ids.append(token)
         # What ends in the sign for bytes that are no character may become one with the next token.

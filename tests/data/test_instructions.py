@@ -19,6 +19,7 @@ from rlm_mhc.data import (
     train_tokenizer,
     with_template,
 )
+from rlm_mhc.testing.tokenizers import llama_tokenizer
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -87,7 +88,7 @@ def counted_texts(rows, tokenizer):
 def test_completions_count_to_the_token_and_end_with_end_of_text(tmp_path, tokenizer):
     # "rowcolumn" would be merged across the boundary, were it tokenized as one text.
     records = [{"prompt": f"what is a row{i}", "completion": f"a line{i} <|endoftext|> 汉"} for i in range(3)]
-    data = prepared(tmp_path, records, completion_parse(tokenizer), tokenizer)
+    data = prepared(tmp_path, records, completion_parse(), tokenizer)
     assert (data.train.total, data.evaluation.total) == (2, 1)
     every = counted_texts(data.train, tokenizer) + counted_texts(data.evaluation, tokenizer)
     assert every == [[f"a line{i} <|endoftext|> 汉<|endoftext|>"] for i in range(3)]
@@ -158,7 +159,6 @@ CHATS = {
     '{"messages": [{"role": "user"}]}': r"messages\[0\] has no string",
     '{"messages": [{"role": "user", "content": 1}]}': r"messages\[0\] has no string",
     '{"messages": [{"role": "user", "content": "a"}]}': "no message has the role 'assistant'",
-    '{"messages": [{"role": "assistant", "content": "a"}]}': "cannot render",
     '{"text": "a"}': "no field 'messages'",
 }
 
@@ -168,7 +168,7 @@ def test_nonsense_is_named_with_file_and_line(tmp_path, tokenizer, kind, line):
     tokenizer.chat_template = PLAIN
     good = json.dumps({"prompt": "a", "completion": "b", "messages": CHAT})
     (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n")
-    parse = {"completion": completion_parse, "chat": chat_parse}[kind](tokenizer)
+    parse = chat_parse(tokenizer) if kind == "chat" else completion_parse()
     source = record_source(str(tmp_path / "bad.jsonl"), parse)
     bad = BadLines(strict=False, max_fraction=1.0)
     assert len(list(source.read(bad))) == 1
@@ -182,7 +182,7 @@ def test_nonsense_is_named_with_file_and_line(tmp_path, tokenizer, kind, line):
 def test_long_examples_are_cut_and_bad_where_nothing_counts_any_more(tmp_path, tokenizer):
     records = [{"prompt": "zz" * n, "completion": "y" * 9} for n in (1, 3, 5)]
     said = []
-    parse = completion_parse(tokenizer)
+    parse = completion_parse()
     data = prepared(tmp_path, records, parse, tokenizer, length=8, max_bad_fraction=0.5, said=said)
     assert data.bad_fraction == pytest.approx(1 / 3)
     assert counted_texts(data.train, tokenizer) == [["y" * 7]]
@@ -199,17 +199,17 @@ def test_long_examples_are_cut_and_bad_where_nothing_counts_any_more(tmp_path, t
 
 def test_every_hundredth_example_is_held_out(tmp_path, tokenizer):
     records = [{"prompt": "a", "completion": f"{i}"} for i in range(250)]
-    data = prepared(tmp_path, records, completion_parse(tokenizer), tokenizer)
+    data = prepared(tmp_path, records, completion_parse(), tokenizer)
     held_out = counted_texts(data.evaluation, tokenizer)
     assert held_out == [["99<|endoftext|>"], ["199<|endoftext|>"]]
     assert data.train.total == 248
-    one = prepared(tmp_path, records[:1], completion_parse(tokenizer), tokenizer)
+    one = prepared(tmp_path, records[:1], completion_parse(), tokenizer)
     assert (one.train.total, one.evaluation.total) == (1, 0)
 
 
 def test_the_loader_draws_each_example_once_and_evaluates_on_the_same(tmp_path, tokenizer):
     data = prepared(
-        tmp_path, [{"prompt": "a", "completion": f"{i:03}"} for i in range(20)], completion_parse(tokenizer), tokenizer
+        tmp_path, [{"prompt": "a", "completion": f"{i:03}"} for i in range(20)], completion_parse(), tokenizer
     )
     batch, position = next_batch(data.train, Position(0), data.train.total)
     assert position == Position(0, 1, 0)
@@ -218,17 +218,92 @@ def test_the_loader_draws_each_example_once_and_evaluates_on_the_same(tmp_path, 
     assert all(bool((a.targets == b.targets).all()) for a, b in zip(first, again, strict=True))
 
 
-def test_a_beginning_of_text_that_the_tokenizer_writes_is_written(tmp_path, tokenizer):
-    from tokenizers.processors import TemplateProcessing
+def used_tokens(rows, tokenizer):
+    """The tokens of the first example."""
+    inputs, targets = rows.inputs_and_targets(0)
+    last = int(np.flatnonzero(targets != -100)[-1])
+    return tokenizer.convert_ids_to_tokens([*inputs[: last + 1].tolist(), int(targets[last])])
 
+
+def test_a_beginning_of_text_that_the_tokenizer_writes_is_written(tmp_path):
+    tokenizer = llama_tokenizer(["a b 2"] * 9)
+    data = prepared(tmp_path, [{"prompt": "a=", "completion": "2"}], completion_parse(), tokenizer)
+    whole = [*tokenizer("a=2")["input_ids"], tokenizer.eos_token_id]
+    assert used_tokens(data.train, tokenizer) == tokenizer.convert_ids_to_tokens(whole)
+    assert counted_texts(data.train, tokenizer) == [["2</s>"]]
+
+
+def test_one_that_the_tokenizer_does_not_write_is_not(tmp_path, tokenizer):
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    bos = tokenizer.convert_tokens_to_ids("<s>")
-    parse = completion_parse(tokenizer)
-    assert parse.read({"prompt": "a", "completion": "b"}, "").segments[0].text == "a"
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    data = prepared(tmp_path, [{"prompt": "a", "completion": "b"}], completion_parse(tokenizer), tokenizer)
-    inputs, targets = data.train.inputs_and_targets(0)
-    assert (inputs[0], targets[0]) == (bos, -100)
+    data = prepared(tmp_path, [{"prompt": "a", "completion": "b"}], completion_parse(), tokenizer)
+    assert used_tokens(data.train, tokenizer) == ["a", "b", "<|endoftext|>"]
+
+
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token + '\n' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_chat_has_the_tokens_of_its_whole_text(tmp_path, legacy):
+    tokenizer = llama_tokenizer(["[INST] what is a row [/INST]", "\n\n"] * 9, legacy=legacy)
+    tokenizer.chat_template = INST
+    data = prepared(tmp_path, [{"messages": CHAT[1:]}], chat_parse(tokenizer), tokenizer, length=256)
+    whole = tokenizer.apply_chat_template(CHAT[1:], tokenize=True, return_dict=False)
+    used = used_tokens(data.train, tokenizer)
+    assert (used, used[-1]) == (tokenizer.convert_ids_to_tokens(whole)[: len(used)], "</s>")
+    assert any("\n\n" in token for token in used)
+    assert [len(texts) for texts in counted_texts(data.train, tokenizer)] == [2]
+
+
+@pytest.mark.parametrize(
+    "template", [MARKED, PLAIN, "{{ bos_token }}{{ '<|im_start|>system\nx<|im_end|>\n' }}" + PLAIN]
+)
+def test_the_assistant_may_speak_first(tmp_path, tokenizer, template):
+    tokenizer.chat_template = template
+    data = prepared(tmp_path, [{"messages": CHAT[2:]}], chat_parse(tokenizer), tokenizer, length=128)
+    said = [f"{message['content']}<|im_end|>" for message in CHAT[2:] if message["role"] == "assistant"]
+    assert counted_texts(data.train, tokenizer) == [said]
+
+
+def test_a_template_that_hides_where_the_first_message_begins_is_told_of(tmp_path, tokenizer):
+    tokenizer.chat_template = PLAIN.replace("{{ '<|im_start|>assistant\\n' }}", "{{ '>>' }}")
+    with pytest.raises(ValueError, match=r"line 1: the chat template does not tell where the first message"):
+        prepared(tmp_path, [{"messages": CHAT[2:3]}], chat_parse(tokenizer), tokenizer, strict=True)
+
+
+def test_of_several_templates_the_default_one_renders(tmp_path, tokenizer):
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": "{{ 'tools' }}" + PLAIN}
+    named = with_template(tokenizer, None)
+    parse = chat_parse(named)
+    plain, tools = (parse.read({"messages": CHAT, **more}, "").segments[0].text for more in ({}, {"tools": [{}]}))
+    assert (plain.startswith("<|im_start|>system"), tools.startswith("tools<|im_start|>system")) == (True, True)
+    tokenizer.chat_template = {"rag": PLAIN}
+    with pytest.raises(ValueError, match="no chat template"):
+        with_template(tokenizer, None)
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|eot|>"])
+def test_the_special_tokens_that_end_turns_are_known(tmp_path, tokenizer, template, mark):
+    tokenizer.add_tokens(["<|eot|>"], special_tokens=True)  # one that transformers has no name for
+    tokenizer.chat_template = template.replace("<|im_end|>", mark)
+    data = prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, length=128)
+    assert data.turn_ends == (tokenizer.convert_tokens_to_ids(mark),)
+    assert counted_texts(data.train, tokenizer) == [[f"a line of a matrix{mark}", f"one across  {mark}"]]
+    data = prepared(tmp_path, [{"prompt": "a", "completion": "b"}], completion_parse(), tokenizer)
+    assert data.turn_ends == (tokenizer.eos_token_id,)
+
+
+def test_a_special_token_at_the_cut_of_an_example_ends_no_turn(tmp_path, tokenizer):
+    tokenizer.chat_template = PLAIN
+    chat = [CHAT[1], {"role": "assistant", "content": "a<|im_start|>b"}]
+    parse = chat_parse(tokenizer)
+    tokens = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    cut = max(i for i, token in enumerate(tokens) if token == tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    for length, ends in ((cut, ()), (128, (tokenizer.convert_tokens_to_ids("<|im_end|>"),))):
+        assert prepared(tmp_path, [{"messages": chat}], parse, tokenizer, length=length).turn_ends == ends
 
 
 @pytest.mark.parametrize(

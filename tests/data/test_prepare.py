@@ -2,12 +2,15 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 
 import numpy as np
 import pytest
 
 from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, reuse, train_tokenizer
 from rlm_mhc.data.reuse import described
+from rlm_mhc.data.tokenizer import tokenizer_fingerprint
+from rlm_mhc.testing.tokenizers import llama_tokenizer
 
 WORDS = ["stream", "matrix", "row", "column", "gain", "token", "layer", "head"]
 
@@ -53,6 +56,26 @@ def test_no_token_is_lost_and_documents_come_back(tmp_path):
     stream = inputs_and_last_target(data.train)
     decoded = data.tokenizer.decode(stream.tolist()).split("<|endoftext|>")
     assert decoded == [*documents, ""]
+
+
+def test_documents_begin_as_the_tokenizer_begins_texts(tmp_path):
+    documents = texts(5)
+    tokenizer = llama_tokenizer(documents)
+    tokenizer.save_pretrained(tmp_path / "llama")
+    data = run(tmp_path / "tokens", documents, tokenizer=str(tmp_path / "llama"), vocab_size=len(tokenizer))
+    written = np.fromfile(tmp_path / "tokens" / "train.bin", dtype=np.uint16).tolist()
+    assert written == [id for text in documents for id in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    assert written.count(tokenizer.bos_token_id) == len(documents)
+    with pytest.raises(ValueError, match="no text to train on"):
+        run(tmp_path / "none", ["", ""], tokenizer=str(tmp_path / "llama"), vocab_size=len(tokenizer))
+    tokenizer.bos_token = None
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(data.tokenizer)
+
+
+def test_documents_of_our_tokenizers_have_no_beginning(tmp_path):
+    data = run(tmp_path, ["row column", "gain"])
+    expected = [[*data.tokenizer(text)["input_ids"], data.tokenizer.eos_token_id] for text in ("row column", "gain")]
+    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16).tolist() == list(chain(*expected))
 
 
 def test_every_hundredth_document_is_held_out(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlm_mhc import fn, load_pretrained, save_pretrained
-from rlm_mhc.data import Source, train_tokenizer
+from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
 from rlm_mhc.testing import small_config
 from rlm_mhc.testing.models import SMALL_TRAINING, disturbed
 from rlm_mhc.train.evaluate import evaluate
@@ -75,6 +75,31 @@ def test_every_format_starts_from_the_checkpoint_and_learns(finetune, base, data
     assert (newest / "tokenizer.json").is_file()
     assert (newest / "chat_template.jinja").is_file() == (kind == "chat")
     assert (out / "curves.png").is_file()
+
+
+def test_generation_of_what_is_fine_tuned_ends_where_the_source_and_its_turns_end(finetune, base, data, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(base, source)
+    tokenizer = load_tokenizer(str(source), 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(source)
+    said = {"_from_model_config": True, "eos_token_id": 7, "temperature": 0.6, "do_sample": True}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    arguments = [
+        f"checkpoint={source}",
+        f"output_dir={out}",
+        data("chat"),
+        "data.max_length=64",
+        "training.max_steps=1",
+    ]
+    result = finetune(*arguments)
+    assert result.code == 0, result.err
+    written = json.loads((out / "checkpoints" / "checkpoint-1" / "generation_config.json").read_text())
+    ends = [7, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert written == {"pad_token_id": 0, "eos_token_id": ends, "temperature": 0.6, "do_sample": True}
 
 
 def test_step_zero_is_the_loss_of_the_checkpoint_itself(finetune, base, data, tmp_path):

@@ -1,6 +1,8 @@
 """Text from a checkpoint in the terminal."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -39,11 +41,55 @@ def test_text_is_that_of_generate_and_the_same_for_the_same_seed(recipe, checkpo
     ids = encode(tokenizer, "the list")
     how = dict(stop_tokens=[tokenizer.eos_token_id], vocab_size=len(tokenizer))
     out = fn.generate(params, torch.tensor([ids]), config, max_new_tokens=20, **how)
-    pieces = text_pieces(tokenizer, out.tokens[0, len(ids) :].tolist(), ids)
+    pieces = text_pieces(tokenizer, out.tokens[0, len(ids) :].tolist(), ids, how["stop_tokens"])
     assert first.out == "the list" + "".join(pieces) + "\n"
     how = ["prompt=the list", "max_new_tokens=20", "temperature=2", "top_k=100", "top_p=0.99", "min_p=0.001"]
     drawn = [run(recipe, checkpoint, *how, f"seed={seed}").out for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_generation_ends_where_the_checkpoint_says(recipe, checkpoint, tmp_path):
+    greedy = ["prompt=the list", "temperature=0", "max_new_tokens=12"]
+    tokenizer = load_tokenizer(str(checkpoint), 320)
+    params, config = load_pretrained(checkpoint)
+    ids = encode(tokenizer, "the list")
+    new = (
+        fn.generate(params, torch.tensor([ids]), config, max_new_tokens=12, vocab_size=300)
+        .tokens[0, len(ids) :]
+        .tolist()
+    )
+    shutil.copytree(checkpoint, tmp_path / "own")
+    for found in (new[5], [299, new[5]]):
+        (tmp_path / "own" / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+        result = run(recipe, tmp_path / "own", *greedy)
+        assert result.out == "the list" + "".join(text_pieces(tokenizer, new, ids, [new[5]])) + "\n"
+        assert f", {new.index(new[5])} decoded at" in result.err
+    (tmp_path / "own" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    result = recipe("generate", f"checkpoint={tmp_path / 'own'}", "device=cpu")
+    assert (result.code, "eos_token_id='</s>': expected the id" in result.last_error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Hello, world",
+        "It's late",
+        'say "hi',
+        "key: {a}",
+        "f(x) = [1",
+        "2024",
+        "${x}",
+        "a=b",
+        "null",
+        " x ",
+        "\\",
+        "#",
+        "",
+    ],
+)
+def test_any_sentence_is_a_prompt_as_it_stands(recipe, checkpoint, prompt):
+    result = run(recipe, checkpoint, f"prompt={prompt}", "max_new_tokens=1", "temperature=0")
+    assert result.out.startswith(prompt)
 
 
 def test_speed_of_prompt_and_decoding_is_told_apart_on_stderr(recipe, checkpoint):
@@ -92,13 +138,13 @@ def test_characters_of_several_tokens_come_whole(checkpoint):
     for cut in range(len(ids)):
         before = tokenizer.decode(ids[:cut])
         if not before.endswith("\ufffd"):
-            pieces = list(text_pieces(tokenizer, ids[cut:], ids[:cut]))
+            pieces = list(text_pieces(tokenizer, ids[cut:], ids[:cut], [0]))
             assert before + "".join(pieces) == WORDS
             assert not any("\ufffd" in piece for piece in pieces)
     # A text that ends within a character ends in the sign for that.
-    assert "".join(text_pieces(tokenizer, ids[:1], [])) == "\ufffd"
+    assert "".join(text_pieces(tokenizer, ids[:1], [], [0])) == "\ufffd"
     ended = [*encode(tokenizer, "list"), tokenizer.eos_token_id, *encode(tokenizer, "words")]
-    assert "".join(text_pieces(tokenizer, ended, [])) == "list"
+    assert "".join(text_pieces(tokenizer, ended, [], [tokenizer.eos_token_id])) == "list"
 
 
 def test_sampled_text_stays_within_the_models_positions(checkpoint):
@@ -108,6 +154,7 @@ def test_sampled_text_stays_within_the_models_positions(checkpoint):
     assert text.startswith("the list")
     assert text == sample_text(params, config, tokenizer, "the list", tokens=500)
     assert sample_text(params, config, tokenizer, WORDS * 4) == WORDS * 4
+    assert sample_text(params, config, tokenizer, "the list", turn_ends=range(1, 300)) == "the list"
 
 
 def test_a_checkpoints_tokenizer_is_loaded_without_a_question(checkpoint, capfd):
