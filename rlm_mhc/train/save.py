@@ -13,7 +13,8 @@ from rlm_mhc.checkpoint.config_files import write_generation_config
 from rlm_mhc.checkpoint.tensors import write_tensors
 from rlm_mhc.data import Position, Prepared
 from rlm_mhc.disk import sync
-from rlm_mhc.parallel import Ranks, gather
+from rlm_mhc.fn import Batch
+from rlm_mhc.parallel import Ranks, from_first, gather
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.train.guard import BadStep, joined
 from rlm_mhc.train.method import FULL, Method
@@ -70,13 +71,15 @@ class Saver:
         if error := self.writer.wait():
             raise OSError(f"the training is done, but its last checkpoint could not be written: {error}")
 
-    def save_bad_step(self, state: TrainState, step: BadStep) -> Path:
-        """Write the state that a skipped step ran on and left, with its batch, for `recipes/replay.py`."""
+    def save_bad_step(self, state: TrainState, step: BadStep) -> str:
+        """Write the state that a skipped step ran on and left, with its batch; returns how to repeat it, or why not.
+
+        To be called by every rank; none returns before it is written: one that ends by an error ends the others.
+        """
         batch = joined(gather(self.ranks, step.batch))
-        folder = Path(self.run.output_dir) / BAD_STEPS
-        path = folder / f"checkpoint-{step.number}"
-        if not self.ranks.is_first:
-            return path
+        return from_first(self.ranks, lambda: self._write_bad_step(state, step, batch))
+
+    def _write_bad_step(self, state: TrainState, step: BadStep, batch: Batch) -> str:
         described = {
             "step": step.number,
             "bad_step": {name: repr(value) for name, value in step.values.items()},
@@ -88,8 +91,13 @@ class Saver:
             self._extras(state.params, target)
             write_tensors(target / BATCH_FILE, batch._asdict())
 
-        params = self.method.model_of(state.params)
-        return save_run(folder, params, self.run.model, state.optimizer, described, keep=1, extras=extras)
+        self.writer.wait()  # a checkpoint under way is not to be cut off either
+        folder, params = Path(self.run.output_dir) / BAD_STEPS, self.method.model_of(state.params)
+        try:
+            path = save_run(folder, params, self.run.model, state.optimizer, described, keep=1, extras=extras)
+        except OSError as error:
+            return f"the last of them could not be saved for recipes/replay.py ({error})"
+        return f"python recipes/replay.py {path} repeats the last of them"
 
     def _extras(self, trained: Any, folder: Path) -> None:
         self.method.write(folder, trained)
