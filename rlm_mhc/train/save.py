@@ -11,7 +11,7 @@ from tqdm import tqdm
 from rlm_mhc.checkpoint import Writer, generator_states, save_run, snapshot
 from rlm_mhc.checkpoint.config_files import write_generation_config
 from rlm_mhc.checkpoint.tensors import write_tensors
-from rlm_mhc.data import Position, Prepared
+from rlm_mhc.data import Position, Prepared, save_tokenizer
 from rlm_mhc.disk import sync
 from rlm_mhc.fn import Batch
 from rlm_mhc.parallel import Ranks, from_first, gather
@@ -102,7 +102,7 @@ class Saver:
     def _extras(self, trained: Any, folder: Path) -> None:
         self.method.write(folder, trained)
         write_config(self.run, folder / CONFIG_FILE)
-        self.data.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.data.tokenizer, folder)
         write_generation_config(folder, self.data.tokenizer)
 
     def _describe(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> dict[str, Any]:
