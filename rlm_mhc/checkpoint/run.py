@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from rlm_mhc.checkpoint.config_files import read_json
 from rlm_mhc.checkpoint.weights import load_pretrained, require_fit, save_pretrained
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.disk import CHECKSUM, checksum, sync, sync_tree
+from rlm_mhc.disk import CHECKSUM, checksum, discard, make_folder, sync, sync_tree
 from rlm_mhc.params import LMParams
 from rlm_mhc.tree import from_named, named_leaves
 
@@ -60,7 +59,7 @@ def save_run(
     """
     final = folder / f"checkpoint-{trainer_state['step']}"
     temporary, aside = folder / f".{final.name}.tmp", folder / f".{final.name}.old"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     recover(folder)
     try:
         temporary.mkdir()
@@ -75,9 +74,9 @@ def save_run(
         os.replace(temporary, final)
         sync(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(aside)
     for old in [path for path in checkpoints(folder) if path != final][: 1 - keep or None]:
         _remove(old)
     return final
@@ -85,19 +84,23 @@ def save_run(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-<step>` folders in a folder, oldest first."""
-    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    found = [(int(match[1]), path) for match, path in named if match]
     return [path for _, path in sorted(found)]
 
 
 def recover(folder: Path) -> None:
     """Clear up after a killed save: what was half written or half removed goes, and a checkpoint that was moved aside
-    for one that never came returns to its place."""
+    for one that never came returns to its place. What the system does not let go of stays, in nobody's way."""
     for aside in folder.glob(".checkpoint-*.old"):
         final = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if not final.exists():
-            os.replace(aside, final)
-    for stale in (path for kind in ("tmp", "old", "gone") for path in folder.glob(f".checkpoint-*.{kind}")):
-        shutil.rmtree(stale)
+        if final.exists():
+            discard(aside)
+        else:
+            with suppress(OSError):
+                os.replace(aside, final)
+    for stale in (path for kind in ("tmp", "gone") for path in folder.glob(f".checkpoint-*.{kind}")):
+        discard(stale)
 
 
 def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
@@ -123,7 +126,7 @@ def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
 def set_aside(path: Path) -> Path:
     """Rename a damaged checkpoint to `<name>.damaged`, where it is in nobody's way and can be looked at."""
     target = path.with_name(path.name + ".damaged")
-    shutil.rmtree(target, ignore_errors=True)
+    discard(target)
     os.replace(path, target)
     return target
 
@@ -191,7 +194,7 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f".{path.name}.gone")
     with suppress(OSError):  # a checkpoint too many is no reason to stop
         os.replace(path, gone)
-        shutil.rmtree(gone)
+    discard(gone)
 
 
 def _write_state(folder: Path, trainer_state: Mapping[str, Any]) -> None:
