@@ -46,7 +46,8 @@ def save_run(
     generators: list[dict[str, Any]] | tuple[()] = (),
     extras: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
-    """Write `folder/checkpoint-<step>`, then remove all but the newest `keep`; returns the new one's path.
+    """Write `folder/checkpoint-<step>`, then remove all but the newest `keep`, and those that `set_aside` has as
+    `replaced`; returns the new one's path.
 
     The files go to a temporary sibling, are flushed to the disk, described in a manifest (size and checksum of each,
     in `trainer_state.json`, which carries one of its own), and renamed: a folder by that name is whole, also after a
@@ -79,6 +80,8 @@ def save_run(
     discard(aside)
     for old in [path for path in checkpoints(folder) if path != final][: 1 - keep or None]:
         _remove(old)
+    for replaced in folder.glob("checkpoint-*.replaced"):
+        discard(replaced)
     return final
 
 
@@ -110,7 +113,6 @@ def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
     Raises:
         ValueError: when there are some, and none is whole.
     """
-    recover(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         try:
@@ -123,9 +125,10 @@ def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
     return None
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint to `<name>.damaged`, where it is in nobody's way and can be looked at."""
-    target = path.with_name(path.name + ".damaged")
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint to `<name>.<why>`, where it is in nobody's way and can be looked at: `damaged` for good,
+    `replaced` until the next one is whole."""
+    target = path.with_name(f"{path.name}.{why}")
     discard(target)
     os.replace(path, target)
     return target

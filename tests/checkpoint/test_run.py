@@ -117,7 +117,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_named(tmp_pat
     assert len(said) == 2
     assert "checkpoint-3/model.safetensors: damaged, its content is not what was written" in said[0]
     assert "checkpoint-2: damaged, it has no config.json" in said[1]
-    set_aside(tmp_path / "checkpoint-3")
+    set_aside(tmp_path / "checkpoint-3", "damaged")
     assert checkpoints(tmp_path)[-1].name == "checkpoint-2"
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
