@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and its writing beside the training."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,9 +35,20 @@ class Saver:
         self.run, self.data, self.ranks, self.method = run, data, ranks, method
         self.writer = Writer(lambda line: tqdm.write(f"{line}; the training goes on, earlier checkpoints are whole"))
         self.newest = -1
+        self.stalled = 0.0
 
     def save(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
         """Copy the state, and begin to write it; to be called by every rank."""
+        began = time.perf_counter()
+        self._begin(state, position, tokens, watch)
+        self.stalled += time.perf_counter() - began
+
+    def stall(self) -> dict[str, float]:
+        """The seconds that saves kept the steps waiting since the last call, if there was one."""
+        seconds, self.stalled = self.stalled, 0.0
+        return {"save_stall": seconds} if seconds else {}
+
+    def _begin(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
         states = gather(self.ranks, generator_states())
         number = int(state.step)
         if not self.ranks.is_first or number == self.newest:

@@ -41,6 +41,7 @@ def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tm
     assert all(row.keys() >= LOGGED for row in rows)
     assert rows[2].keys() >= {"tokens_per_sec", "mfu"}
     assert [r["step"] for r in rows if "eval/loss" in r] == [1, 2, 4, 6, 8]
+    assert [r["step"] for r in rows if r.get("save_stall", 0) > 0] == [4, 7]
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.2
     assert rows[2]["tokens"] == 3 * 2 * 2 * 16
     layers = rows[0]["mhc/layers"]
