@@ -5,7 +5,7 @@ The data are JSON lines: `{"prompt", "completion"}` or `{"messages"}`, with the 
 `{"text"}` documents. On several GPUs: `torchrun --nproc-per-node=8 recipes/finetune.py [key=value …]`.
 """
 
-from rlm_mhc.parallel import first_before_others, from_first
+from rlm_mhc.parallel import first_before_others
 from rlm_mhc.train import FinetuneConfig, announce, command, conduct, launched, open_output, starting_point, with_model
 
 
@@ -14,11 +14,11 @@ def main(run: FinetuneConfig) -> None:
     with launched(run) as (device, ranks):
         read, tokenizer = run.data.reader(), run.tokenizer
         plan = announce(run, device, ranks)
-        checkpoint = from_first(ranks, lambda: open_output(run))
-        with first_before_others(ranks):
-            data = read(run.token_folder, tokenizer, run.model.vocab_size)
-        start = starting_point(run, checkpoint, data, device, ranks)
-        conduct(run, start, data, plan, ranks, checkpoint)
+        with open_output(run, ranks) as checkpoint:
+            with first_before_others(ranks):
+                data = read(run.token_folder, tokenizer, run.model.vocab_size)
+            start = starting_point(run, checkpoint, data, device, ranks)
+            conduct(run, start, data, plan, ranks, checkpoint)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 On several GPUs: `torchrun --nproc-per-node=8 recipes/pretrain_1b.py [key=value …]`.
 """
 
-from rlm_mhc.parallel import first_before_others, from_first
+from rlm_mhc.parallel import first_before_others
 from rlm_mhc.train import RunConfig, announce, command, conduct, launched, open_output, starting_point
 
 
@@ -12,13 +12,13 @@ def main(run: RunConfig) -> None:
     with launched(run) as (device, ranks):
         read = run.data.reader()
         plan = announce(run, device, ranks)
-        checkpoint = from_first(ranks, lambda: open_output(run))
-        # A tokenizer trained anew on other data would give the same ids to other words.
-        tokenizer = str(checkpoint) if checkpoint and run.tokenizer == "auto" else run.tokenizer
-        with first_before_others(ranks):
-            data = read(run.token_folder, tokenizer, run.model.vocab_size)
-        start = starting_point(run, checkpoint, data, device, ranks)
-        conduct(run, start, data, plan, ranks, checkpoint)
+        with open_output(run, ranks) as checkpoint:
+            # A tokenizer trained anew on other data would give the same ids to other words.
+            tokenizer = str(checkpoint) if checkpoint and run.tokenizer == "auto" else run.tokenizer
+            with first_before_others(ranks):
+                data = read(run.token_folder, tokenizer, run.model.vocab_size)
+            start = starting_point(run, checkpoint, data, device, ranks)
+            conduct(run, start, data, plan, ranks, checkpoint)
 
 
 if __name__ == "__main__":

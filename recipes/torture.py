@@ -27,7 +27,7 @@ from rlm_mhc.testing.models import SMALL_RUN
 PRETRAIN = Path(__file__).with_name("pretrain_1b.py")
 OUT = "run"
 STEPS_PER_KILL = 16
-SPEED = ("tokens_per_sec", "mfu")
+SPEED = ("tokens_per_sec", "mfu", "save_stall")
 # Long enough to save every few steps, short enough to be killed in each phase.
 RUN = [
     *SMALL_RUN,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,11 @@ def replace_file(file: Path, write: Callable[[Path], object], *, durable: bool =
     """
     temporary = file.with_name(f".{file.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # some writers make theirs private
+        temporary.chmod(permissions)  # some writers make theirs private
         if durable:
             sync(temporary)
         os.replace(temporary, file)
@@ -60,6 +62,23 @@ def new_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, so that a power failure does not take them back; one that is there stays."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link or a folder, as much of it as the system lets us; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 def sync(path: Path) -> None:

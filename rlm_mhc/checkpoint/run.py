@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from rlm_mhc.checkpoint.config_files import read_json
 from rlm_mhc.checkpoint.weights import load_pretrained, require_fit, save_pretrained
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.disk import CHECKSUM, checksum, sync, sync_tree
+from rlm_mhc.disk import CHECKSUM, checksum, discard, make_folder, sync, sync_tree
 from rlm_mhc.params import LMParams
 from rlm_mhc.tree import from_named, named_leaves
 from rlm_mhc.validation import LARGEST
@@ -48,7 +47,8 @@ def save_run(
     generators: list[dict[str, Any]] | tuple[()] = (),
     extras: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
-    """Write `folder/checkpoint-<step>`, then remove all but the newest `keep`; returns the new one's path.
+    """Write `folder/checkpoint-<step>`, then remove all but the newest `keep`, and those that `set_aside` has as
+    `replaced`; returns the new one's path.
 
     The files go to a temporary sibling, are flushed to the disk, described in a manifest (size and checksum of each,
     in `trainer_state.json`, which carries one of its own), and renamed: a folder by that name is whole, also after a
@@ -61,7 +61,7 @@ def save_run(
     """
     final = folder / f"checkpoint-{trainer_state['step']}"
     temporary, aside = folder / f".{final.name}.tmp", folder / f".{final.name}.old"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     recover(folder)
     try:
         temporary.mkdir()
@@ -76,29 +76,35 @@ def save_run(
         os.replace(temporary, final)
         sync(folder)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(aside)
     for old in [path for path in checkpoints(folder) if path != final][: 1 - keep or None]:
         _remove(old)
+    for replaced in folder.glob("checkpoint-*.replaced"):
+        discard(replaced)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-<step>` folders in a folder, oldest first."""
-    found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))]
+    named = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    found = [(int(match[1]), path) for match, path in named if match]
     return [path for _, path in sorted(found)]
 
 
 def recover(folder: Path) -> None:
     """Clear up after a killed save: what was half written or half removed goes, and a checkpoint that was moved aside
-    for one that never came returns to its place."""
+    for one that never came returns to its place. What the system does not let go of stays, in nobody's way."""
     for aside in folder.glob(".checkpoint-*.old"):
         final = folder / aside.name.removeprefix(".").removesuffix(".old")
-        if not final.exists():
-            os.replace(aside, final)
-    for stale in (path for kind in ("tmp", "old", "gone") for path in folder.glob(f".checkpoint-*.{kind}")):
-        shutil.rmtree(stale)
+        if final.exists():
+            discard(aside)
+        else:
+            with suppress(OSError):
+                os.replace(aside, final)
+    for stale in (path for kind in ("tmp", "gone") for path in folder.glob(f".checkpoint-*.{kind}")):
+        discard(stale)
 
 
 def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
@@ -108,7 +114,6 @@ def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
     Raises:
         ValueError: when there are some, and none is whole.
     """
-    recover(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         try:
@@ -121,10 +126,11 @@ def newest_whole(folder: Path, say: Callable[[str], object]) -> Path | None:
     return None
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint to `<name>.damaged`, where it is in nobody's way and can be looked at."""
-    target = path.with_name(path.name + ".damaged")
-    shutil.rmtree(target, ignore_errors=True)
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint to `<name>.<why>`, where it is in nobody's way and can be looked at: `damaged` for good,
+    `replaced` until the next one is whole."""
+    target = path.with_name(f"{path.name}.{why}")
+    discard(target)
     os.replace(path, target)
     return target
 
@@ -192,7 +198,7 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f".{path.name}.gone")
     with suppress(OSError):  # a checkpoint too many is no reason to stop
         os.replace(path, gone)
-        shutil.rmtree(gone)
+    discard(gone)
 
 
 def _write_state(folder: Path, trainer_state: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from rlm_mhc.data.loader import Position, eval_batches, next_batch
 from rlm_mhc.data.packing import Rows, Windows, hold_out
 from rlm_mhc.data.prepare import Prepared, prepare
 from rlm_mhc.data.sources import BadLines, Source, builtin_source, jsonl_source, record_source
-from rlm_mhc.data.tokenizer import load_tokenizer, train_tokenizer
+from rlm_mhc.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 __all__ = [
     "BadLines",
@@ -29,6 +29,7 @@ __all__ = [
     "prepare",
     "prepare_examples",
     "record_source",
+    "save_tokenizer",
     "train_tokenizer",
     "with_template",
 ]

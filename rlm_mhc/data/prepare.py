@@ -15,7 +15,13 @@ from rlm_mhc.data.packing import HELD_OUT_EVERY, Rows, hold_out, windows
 from rlm_mhc.data.reuse import locked, make_or_reuse, write_whole
 from rlm_mhc.data.sources import BadLines, Source
 from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
-from rlm_mhc.data.tokenizer import beginning, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from rlm_mhc.data.tokenizer import (
+    beginning,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 
 FORMAT = 3
 TRAIN_FILE, EVAL_FILE = "train.bin", "eval.bin"
@@ -124,7 +130,7 @@ def _tokenizer(
     say(f"tokenizer    training a byte-level BPE of {vocab_size:,} entries on the data …")
     trained = train_tokenizer(source, vocab_size, bad)
     shutil.rmtree(home, ignore_errors=True)
-    trained.save_pretrained(home)
+    save_tokenizer(trained, home)
     write_whole(key_file, key.encode())  # last: without it the folder does not count
     return trained
 

@@ -81,6 +81,21 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write its files.
+
+    Raises:
+        OSError: when they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # What the Rust library makes of a full disk.
+        raise OSError(f"{folder}: the tokenizer cannot be written ({error})") from None
+
+
 def _config_of_ours(folder: Path) -> dict[str, Any]:
     """For a checkpoint of this library an empty config: transformers would warn that it does not know ours, which
     says nothing of the tokenizer."""

@@ -36,7 +36,7 @@ class Guard:
     Args:
         run: the whole config, for `training.max_bad_steps` and `training.spike_sigmas`.
         saved: `values()` of the checkpoint that the run goes on from.
-        give_up: called with the last of too many bad steps in a row; returns where it was saved.
+        give_up: called with the last of too many bad steps in a row; returns how to repeat it.
         speak: whether this rank says what it sees.
         model_of: the model, from what is trained.
     """
@@ -45,7 +45,7 @@ class Guard:
         self,
         run: RunConfig,
         saved: Mapping[str, Any],
-        give_up: Callable[[Any, BadStep], object],
+        give_up: Callable[[Any, BadStep], str],
         speak: bool,
         model_of: Callable[[Any], LMParams] = FULL.model_of,
     ) -> None:
@@ -88,10 +88,10 @@ class Guard:
         self.in_a_row += 1
         self._explain(state, step)
         if self.in_a_row >= self.run.training.max_bad_steps:
-            saved = self.give_up(state, step)
+            to_repeat = self.give_up(state, step)
             raise ValueError(
                 f"step {number}: {self.in_a_row} steps in a row without a finite loss and gradient; "
-                f"python recipes/replay.py {saved} repeats the last of them; then lower training.optimizer.lr or "
+                f"{to_repeat}; then lower training.optimizer.lr or "
                 "lengthen training.scheduler.warmup_steps, and go on from an earlier checkpoint"
             )
 

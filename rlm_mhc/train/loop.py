@@ -91,7 +91,7 @@ def train(
             drawn = False
             if evaluated or saved or number % training.logging_steps == 0:
                 record = _record(number, seen + number * plan.tokens_per_step, metrics) | guard.counts()
-                record |= {"data/bad_fraction": data.bad_fraction} | speed.read(number)
+                record |= {"data/bad_fraction": data.bad_fraction} | speed.read(number) | saver.stall()
                 if evaluated:
                     record["eval/loss"] = evaluate(method.model_of(state.params), run, data, ranks)
                 record = _without_nan(record)

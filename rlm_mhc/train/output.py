@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
-import shutil
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlm_mhc.checkpoint import checkpoints, newest_whole, recover, set_aside
+from rlm_mhc.checkpoint import checkpoints, describe_run, is_run, newest_whole, recover, set_aside
 from rlm_mhc.checkpoint.config_files import YAML_FILE as CONFIG_FILE
 from rlm_mhc.checkpoint.config_files import read_yaml
-from rlm_mhc.disk import replace_file
+from rlm_mhc.disk import discard, make_folder, replace_file, sync
+from rlm_mhc.parallel import ALONE, Ranks, from_first
 from rlm_mhc.train.finetune_config import FinetuneConfig
+from rlm_mhc.train.lock import locked
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.validation import build
 
@@ -18,53 +22,82 @@ METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 CHECKPOINTS = "checkpoints"
 BAD_STEPS = "bad_steps"
+# The checkpoints that overwrite=true removes, until that is done.
+GONE = f".{CHECKPOINTS}.gone"
 
 
-def open_output(run: RunConfig) -> Path | None:
-    """Check that the run may use `output_dir`, and make it; returns the checkpoint to go on from, if any.
+@contextmanager
+def open_output(run: RunConfig, ranks: Ranks = ALONE) -> Iterator[Path | None]:
+    """Make `output_dir`, and hold it until the context is left; gives the checkpoint to go on from, if any.
 
-    With `resume=auto` that is the newest whole one; what is wrong with newer ones is printed.
+    With `resume=auto` that is the newest whole one; what is wrong with newer ones is printed. All of it is done by the
+    first rank.
 
     Raises:
-        ValueError: when the folder already holds a run, or is no folder, or has checkpoints but none that is whole.
+        ValueError: when another process holds the folder, when it already holds a run, or is no folder, or has
+            checkpoints but none that is whole.
         FileNotFoundError: when `resume_from_checkpoint` names none.
     """
+    with ExitStack() as held:
+        yield from_first(ranks, lambda: _open(run, held))
+
+
+def _open(run: RunConfig, held: ExitStack) -> Path | None:
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder}: a file is in its place; choose another folder")
     start = _named_checkpoint(run.resume_from_checkpoint) if run.resume_from_checkpoint else None
-    used = (folder / METRICS_FILE).exists() or (folder / CHECKPOINTS).exists()
-    if used and run.resume != "auto" and not run.overwrite and not _inside(start, folder):
+    make_folder(folder)
+    held.enter_context(locked(folder))
+    recover(folder / CHECKPOINTS)
+    if run.resume == "auto":
+        return newest_whole(folder / CHECKPOINTS, lambda line: print(f"damaged      {line}", flush=True))
+    if not run.overwrite:
+        _require_nothing_lost(folder, start)
+    return start
+
+
+def _require_nothing_lost(folder: Path, start: Path | None) -> None:
+    if start is not None and _inside(start, folder):
+        if later := _later(folder, start):
+            raise ValueError(
+                f"output_dir={folder}: it has {len(later)} checkpoints after {start.name}, up to {later[-1].name}; "
+                "choose another folder, or have them replaced with overwrite=true"
+            )
+    elif (folder / METRICS_FILE).exists() or (folder / CHECKPOINTS).exists():
         raise ValueError(
             f"output_dir={folder}: already holds a run; choose another folder, "
             "go on with resume=auto, or start over with overwrite=true"
         )
-    if run.resume == "auto":
-        start = newest_whole(folder / CHECKPOINTS, lambda line: print(f"damaged      {line}", flush=True))
-    folder.mkdir(parents=True, exist_ok=True)
-    return start
 
 
 def begin_output(run: RunConfig, start: Path | None) -> Path:
-    """Write `config.yaml`, and remove what the run is to write anew: everything but the tokens, or where it goes on
-    from a checkpoint of the folder, the checkpoints after that one; those that `resume=auto` found damaged are
-    renamed instead."""
+    """Write `config.yaml`, and remove what the run is to write anew: everything but the tokens.
+
+    Where it goes on from a checkpoint of the folder, those after that one are renamed, and the rest stays: to
+    `….damaged` what `resume=auto` found so, to `….replaced` the others, which go once a new checkpoint is whole.
+    """
     folder = Path(run.output_dir)
+    discard(folder / GONE)
     if start is not None and _inside(start, folder):
-        recover(folder / CHECKPOINTS)
-        after = [path.resolve() for path in checkpoints(folder / CHECKPOINTS)]
-        for path in after[after.index(start.resolve()) + 1 :] if start.resolve() in after else ():
-            if run.resume == "auto":
-                print(f"damaged      {path} is now {set_aside(path).name}", flush=True)
-            else:
-                shutil.rmtree(path)
+        why = "damaged" if run.resume == "auto" else "replaced"
+        for path in reversed(_later(folder, start)):  # so that the newest left is one before, wherever this ends
+            print(f"{why:<13}{path} is now {set_aside(path, why).name}", flush=True)
     elif run.overwrite:
-        for name in (METRICS_FILE, CURVES_FILE):
-            (folder / name).unlink(missing_ok=True)
-        for name in (CHECKPOINTS, BAD_STEPS):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        _start_over(folder)
     write_config(run, folder / CONFIG_FILE)
     return folder
+
+
+def _start_over(folder: Path) -> None:
+    """The checkpoints go first, all at once: wherever this ends, nothing can go on from them."""
+    with suppress(FileNotFoundError):
+        os.replace(folder / CHECKPOINTS, folder / GONE)
+    sync(folder)
+    for name in (METRICS_FILE, CURVES_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for name in (GONE, BAD_STEPS):
+        discard(folder / name)
 
 
 def write_config(run: RunConfig, file: Path) -> None:
@@ -100,3 +133,9 @@ def _named_checkpoint(name: str) -> Path:
 
 def _inside(start: Path | None, folder: Path) -> bool:
     return start is not None and folder.resolve() in start.resolve().parents
+
+
+def _later(folder: Path, start: Path) -> list[Path]:
+    """The checkpoints of the folder after another one that lies in it."""
+    step = describe_run(start)["step"] if is_run(start) else 0
+    return [path for path in checkpoints(folder / CHECKPOINTS) if int(path.name.rpartition("-")[2]) > step]

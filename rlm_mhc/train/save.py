@@ -1,5 +1,6 @@
 """What a checkpoint of a run holds, and its writing beside the training."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ from tqdm import tqdm
 from rlm_mhc.checkpoint import Writer, generator_states, save_run, snapshot
 from rlm_mhc.checkpoint.config_files import write_generation_config
 from rlm_mhc.checkpoint.tensors import write_tensors
-from rlm_mhc.data import Position, Prepared
+from rlm_mhc.data import Position, Prepared, save_tokenizer
 from rlm_mhc.disk import sync
-from rlm_mhc.parallel import Ranks, gather
+from rlm_mhc.fn import Batch
+from rlm_mhc.parallel import Ranks, from_first, gather
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.train.guard import BadStep, joined
 from rlm_mhc.train.method import FULL, Method
@@ -34,9 +36,20 @@ class Saver:
         self.generation = run.generation
         self.writer = Writer(lambda line: tqdm.write(f"{line}; the training goes on, earlier checkpoints are whole"))
         self.newest = -1
+        self.stalled = 0.0
 
     def save(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
         """Copy the state, and begin to write it; to be called by every rank."""
+        began = time.perf_counter()
+        self._begin(state, position, tokens, watch)
+        self.stalled += time.perf_counter() - began
+
+    def stall(self) -> dict[str, float]:
+        """The seconds that saves kept the steps waiting since the last call, if there was one."""
+        seconds, self.stalled = self.stalled, 0.0
+        return {"save_stall": seconds} if seconds else {}
+
+    def _begin(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
         states = gather(self.ranks, generator_states())
         number = int(state.step)
         if not self.ranks.is_first or number == self.newest:
@@ -71,13 +84,15 @@ class Saver:
         if error := self.writer.wait():
             raise OSError(f"the training is done, but its last checkpoint could not be written: {error}")
 
-    def save_bad_step(self, state: TrainState, step: BadStep) -> Path:
-        """Write the state that a skipped step ran on and left, with its batch, for `recipes/replay.py`."""
+    def save_bad_step(self, state: TrainState, step: BadStep) -> str:
+        """Write the state that a skipped step ran on and left, with its batch; returns how to repeat it, or why not.
+
+        To be called by every rank; none returns before it is written: one that ends by an error ends the others.
+        """
         batch = joined(gather(self.ranks, step.batch))
-        folder = Path(self.run.output_dir) / BAD_STEPS
-        path = folder / f"checkpoint-{step.number}"
-        if not self.ranks.is_first:
-            return path
+        return from_first(self.ranks, lambda: self._write_bad_step(state, step, batch))
+
+    def _write_bad_step(self, state: TrainState, step: BadStep, batch: Batch) -> str:
         described = {
             "step": step.number,
             "bad_step": {name: repr(value) for name, value in step.values.items()},
@@ -89,13 +104,18 @@ class Saver:
             self._extras(state.params, target)
             write_tensors(target / BATCH_FILE, batch._asdict())
 
-        params = self.method.model_of(state.params)
-        return save_run(folder, params, self.run.model, state.optimizer, described, keep=1, extras=extras)
+        self.writer.wait()  # a checkpoint under way is not to be cut off either
+        folder, params = Path(self.run.output_dir) / BAD_STEPS, self.method.model_of(state.params)
+        try:
+            path = save_run(folder, params, self.run.model, state.optimizer, described, keep=1, extras=extras)
+        except OSError as error:
+            return f"the last of them could not be saved for recipes/replay.py ({error})"
+        return f"python recipes/replay.py {path} repeats the last of them"
 
     def _extras(self, trained: Any, folder: Path) -> None:
         self.method.write(folder, trained)
         write_config(self.run, folder / CONFIG_FILE)
-        self.data.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.data.tokenizer, folder)
         write_generation_config(folder, self.data.tokenizer, self.generation, self.data.turn_ends)
 
     def _describe(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> dict[str, Any]:

@@ -1,3 +1,5 @@
+import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,7 +117,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_named(tmp_pat
     assert len(said) == 2
     assert "checkpoint-3/model.safetensors: damaged, its content is not what was written" in said[0]
     assert "checkpoint-2: damaged, it has no config.json" in said[1]
-    set_aside(tmp_path / "checkpoint-3")
+    set_aside(tmp_path / "checkpoint-3", "damaged")
     assert checkpoints(tmp_path)[-1].name == "checkpoint-2"
     (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match="none of its 2 checkpoints is whole"):
@@ -131,6 +133,59 @@ def test_what_a_killed_save_left_is_cleared_up(tmp_path):
     recover(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     verify_run(path)
+
+
+def test_an_old_checkpoint_that_was_linked_to_an_archive_gives_way_and_the_archive_stays(tmp_path):
+    folder, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    save(folder, 1)[0].rename(archive)
+    (folder / "checkpoint-1").symlink_to(archive)
+    for step in (2, 3):
+        save(folder, step, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
+    verify_run(archive)
+
+
+def test_what_cannot_be_removed_stops_neither_saves_nor_resuming(tmp_path, monkeypatch):
+    """As on NFS a folder of which a file is open elsewhere."""
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    save(tmp_path, 1)
+    (tmp_path / ".checkpoint-0.gone").mkdir()
+    (tmp_path / ".checkpoint-1.old").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (2, 3):
+        save(tmp_path, step, keep=1)
+    recover(tmp_path)
+    assert newest_whole(tmp_path, print).name == "checkpoint-3"
+    (tmp_path / ".checkpoint-4.tmp").mkdir()
+    with pytest.raises(FileExistsError, match=r"checkpoint-4\.tmp"):
+        save(tmp_path, 4)
+
+
+def test_a_checkpoint_that_cannot_return_to_its_place_is_not_removed(tmp_path):
+    (tmp_path / ".checkpoint-1.old").mkdir()
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "nowhere")
+    recover(tmp_path)
+    assert (tmp_path / ".checkpoint-1.old").is_dir()
+
+
+def test_copies_under_other_names_are_the_users_own(tmp_path):
+    copies = {"checkpoint-keep-1", "checkpoint-1000-copy-2", "my-checkpoint-7", "checkpoint-1.damaged"}
+    for name in copies:
+        (tmp_path / name).mkdir()
+    for step in (1, 2):
+        save(tmp_path, step, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {*copies, "checkpoint-2"}
+
+
+def test_the_folder_of_checkpoints_is_on_the_disk_with_the_first_of_them(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("rlm_mhc.disk.sync", synced.append)
+    save(tmp_path / "run" / "checkpoints", 1)
+    assert {tmp_path, tmp_path / "run"} <= set(synced)
 
 
 def test_equal_runs_give_equal_files(tmp_path):

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, reuse, train_tokenizer
+from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, reuse, save_tokenizer, train_tokenizer
 from rlm_mhc.data.reuse import described
 from rlm_mhc.data.tokenizer import tokenizer_fingerprint
 from rlm_mhc.testing.tokenizers import llama_tokenizer
@@ -216,6 +216,12 @@ def test_tokenizers_from_a_folder(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{broken")
     with pytest.raises(FileNotFoundError, match="cannot be loaded"):
         load_tokenizer(str(tmp_path / "tokenizer"), 300)
+
+
+def test_a_tokenizer_that_a_full_disk_does_not_take_is_an_os_error(tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"the tokenizer cannot be written \(No space left on device"):
+        save_tokenizer(train_tokenizer(source(texts(20)), 280), tmp_path)
 
 
 def test_bad_lines_are_counted_once_and_also_of_reused_files(tmp_path):

@@ -17,6 +17,12 @@ from rlm_mhc.testing import assert_trees_close
 from rlm_mhc.testing.models import SMALL_RUN
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_1b.py"
+ON_A_SLOW_DISK = f"""
+import runpy, time
+from rlm_mhc.checkpoint import run
+run.sync_tree = lambda folder: time.sleep(8)
+runpy.run_path("{RECIPE}", run_name="__main__")
+"""
 SMALL = [*SMALL_RUN, "model.num_layers=3", "training.eval_steps=10", "training.eval_batches=3"]
 
 
@@ -67,7 +73,7 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(corpus, tmp_p
     assert together.stdout.count("sample text") == 1
 
 
-def start(rank, port, *arguments):
+def start(rank, port, recipe, *arguments):
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -76,7 +82,7 @@ def start(rank, port, *arguments):
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(RECIPE), *SMALL, *arguments]
+    command = [sys.executable, str(recipe), *SMALL, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -90,9 +96,9 @@ def free_port():
 def two_ranks():
     started = []
 
-    def launch(*arguments, of_second=()):
+    def launch(*arguments, of_second=(), recipe=RECIPE):
         port = free_port()
-        started.extend(start(rank, port, *arguments, *extra) for rank, extra in enumerate(((), of_second)))
+        started.extend(start(rank, port, recipe, *arguments, *extra) for rank, extra in enumerate(((), of_second)))
         return started
 
     yield launch
@@ -152,11 +158,15 @@ def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_
 
 @pytest.mark.slow
 def test_one_process_replays_a_bad_step_of_two_ranks_with_the_batch_of_both(corpus, tmp_path, two_ranks):
+    """On a slow disk: the second rank has nothing to write, and must not end the first meanwhile."""
+    recipe = tmp_path / "slow.py"
+    recipe.write_text(ON_A_SLOW_DISK)
     wild = ["training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=2"]
-    ranks = two_ranks(corpus, f"output_dir={tmp_path / 'run'}", "training.batch_size=2", *wild)
+    ranks = two_ranks(corpus, f"output_dir={tmp_path / 'run'}", "training.batch_size=2", *wild, recipe=recipe)
     said = [rank.communicate(timeout=120) for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks), said
     (folder,) = (tmp_path / "run" / "bad_steps").iterdir()
+    assert folder.name == "checkpoint-3"  # and no half of it
     replayed = run([sys.executable, str(RECIPE.with_name("replay.py")), str(folder)])
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert "8 sequences of" in replayed.stdout  # 2 ranks × 2 microbatches × 2

@@ -41,6 +41,7 @@ def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tm
     assert all(row.keys() >= LOGGED for row in rows)
     assert rows[2].keys() >= {"tokens_per_sec", "mfu"}
     assert [r["step"] for r in rows if "eval/loss" in r] == [1, 2, 4, 6, 8]
+    assert [r["step"] for r in rows if r.get("save_stall", 0) > 0] == [4, 7]
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.2
     assert rows[2]["tokens"] == 3 * 2 * 2 * 16
     layers = rows[0]["mhc/layers"]
@@ -230,6 +231,19 @@ def test_a_diverging_run_stops_with_a_step_to_replay(pretrain, recipe, corpus, t
     replayed = recipe("replay", str(folder))
     assert replayed.code == 0, replayed.err
     assert "reproduced" in replayed.out
+
+
+def test_a_bad_step_that_cannot_be_saved_hides_nothing_of_why_the_run_ended(pretrain, corpus, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "bad_steps").touch()
+    arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=30"]
+    wild = ["training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=3"]
+    result = pretrain(*arguments, *wild)
+    assert result.code == 2
+    assert "3 steps in a row without a finite loss and gradient" in result.last_error
+    assert "could not be saved for recipes/replay.py" in result.last_error
+    assert "bad_steps" in result.last_error
 
 
 def test_fp16_saves_and_resumes_its_loss_scale_and_logs_it(pretrain, corpus, tmp_path):
