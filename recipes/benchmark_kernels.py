@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -225,6 +226,7 @@ def candidates(name: str, settings: Settings, smoke: bool) -> tuple[dict[str, Im
     return found, left_out
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # a compiled backward that gives its buffers away runs but once
 def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: torch.device) -> dict[str, Any]:
     """One op at one size, all implementations in turn, round by round."""
     settings, dtype = Settings(run.iterations, 1e-6, 0.0), DTYPE[run.dtype]
@@ -242,9 +244,10 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     for who, op in found.items():
         try:
             errors[who] = error(op, plain(name, settings), few)
-            ready[who] = halves(op, inputs)
-            for half in ready[who]:
+            both = halves(op, inputs)
+            for half in both:
                 half()
+            ready[who] = both
         except Exception as reason:  # a peer may refuse a size in any way, and the rest goes on
             if who == OURS:
                 raise
@@ -327,11 +330,16 @@ def main(run: KernelsConfig) -> int:
         "sizes": [],
     }
     kind = "smoke" if capability is None else "".join(map(str, capability))
+
+    def write() -> Path:
+        return write_result(run.output_dir, f"kernels_{device.type}_{kind}_{run.dtype}.json", result)
+
+    write()
     for number, (name, n, c, t) in enumerate(sizes, 1):
         print(f"{number}/{len(sizes)}: {name}, n {n}, c {c}, {t} tokens", file=sys.stderr, flush=True)
         result["sizes"].append(measure(run, name, n, c, t, device))
         # After each size, so that a run that is cut short leaves what it has measured.
-        file = write_result(run.output_dir, f"kernels_{device.type}_{kind}_{run.dtype}.json", result)
+        file = write()
     print(table(result))
     print(f"written to {file}")
     return 1 if tests.get("failed") else 0

@@ -83,6 +83,35 @@ def test_the_kernels_are_run_through_in_the_interpreter(recipe, tmp_path):
     assert max(row["error"] for size in written["sizes"] for row in size["rows"].values()) < 2e-5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+@pytest.mark.usefixtures("no_shape_checks")
+def test_the_compiled_reference_is_measured_beside_them():
+    pytest.importorskip("triton")
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1)
+    measured = names["measure"](run, "mix_pre", 2, 32, 5, torch.device("cpu"))
+    assert measured["rows"].keys() == {"ours", "compiled reference"}
+    assert not measured["left_out"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+def test_a_peer_that_fails_late_is_left_out_and_the_rest_is_measured(monkeypatch):
+    pytest.importorskip("triton")
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    plain = names["plain"]("sub_layer", Settings(2, 1e-6, 0.0))
+    calls = iter([1, 2])
+
+    def twice(*inputs):
+        next(calls)
+        return plain(*inputs)
+
+    monkeypatch.setitem(names["candidates"].__globals__, "PEERS", {"peer": lambda _: names["Implementation"](twice)})
+    run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1, smoke=True)
+    measured = names["measure"](run, "sub_layer", 2, 32, 5, torch.device("cpu"))
+    assert measured["rows"].keys() == {"ours"}
+    assert measured["left_out"]["peer"].startswith("StopIteration")
+
+
 def test_tile_kernels_gets_the_same_problem(tile_kernels, monkeypatch):
     def mhc_pre(
         streams, phi, alpha, bias, *, norm_eps, pre_eps, sinkhorn_eps, mhc_mult, post_mult_value, sinkhorn_repeat
