@@ -33,17 +33,14 @@ TOKENS = 67  # which fill no block
 LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-def draw_inputs(
-    name: str, n: int, c: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, Tensor]:
-    """Random arguments of an op by name, the same on any device."""
-    generator = torch.Generator().manual_seed(seed)
+def draw(n: int, c: int, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random arguments of all ops by name, on the generator's device."""
 
     def normal(*shape: int, size: float = 1.0, offset: float = 0.0) -> Tensor:
-        return offset + size * torch.randn(*shape, generator=generator)
+        return offset + size * torch.randn(*shape, generator=generator, device=generator.device)
 
     raw = 2 * n + n * n
-    drawn = {
+    return {
         "streams": normal(tokens, n, c).to(dtype),
         "output": normal(tokens, c).to(dtype),
         "post": normal(tokens, n).sigmoid() * 2,
@@ -54,6 +51,13 @@ def draw_inputs(
         "bias": normal(raw),
         "weight": normal(c, size=0.3, offset=1.0).to(dtype),
     }
+
+
+def draw_inputs(
+    name: str, n: int, c: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, Tensor]:
+    """Random arguments of an op by name, the same on any device."""
+    drawn = draw(n, c, tokens, dtype, torch.Generator().manual_seed(seed))
     return {argument: drawn[argument].to(device) for argument in ARGUMENTS[name]}
 
 

@@ -79,6 +79,9 @@ def test_the_kernels_are_run_through_in_the_interpreter(recipe, tmp_path):
     assert written["smoke"]
     assert not written["tests_passed"]
     assert {size["op"] for size in written["sizes"] if "ours" in size["rows"]} == {*ARGUMENTS, "sub_layer"}
+    assert recipe("benchmark_kernels", *arguments, "ops=[mix_post]").code == 0
+    again = json.loads((tmp_path / "kernels_cpu_smoke_fp32.json").read_text())
+    assert [size["op"] for size in again["sizes"]] == [*(size["op"] for size in written["sizes"][1:]), "mix_post"]
     # Liger-Kernel is among them where it is installed: its kernels, too, run in the interpreter.
     assert max(row["error"] for size in written["sizes"] for row in size["rows"].values()) < 2e-5
 
@@ -92,6 +95,18 @@ def test_the_compiled_reference_is_measured_beside_them():
     measured = names["measure"](run, "mix_pre", 2, 32, 5, torch.device("cpu"))
     assert measured["rows"].keys() == {"ours", "compiled reference"}
     assert not measured["left_out"]
+
+
+def test_a_part_is_added_to_what_was_measured_of_the_same_kernels(tmp_path):
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    file = tmp_path / "result.json"
+    earlier = dict.fromkeys(names["SAME"], 1) | {"tests": {"passed": 3}, "sizes": ["a"]}
+    file.write_text(json.dumps(earlier))
+    later = dict.fromkeys(names["SAME"], 1) | {"tests": {}, "sizes": []}
+    assert names["merged"](later, file) == earlier
+    assert names["merged"](later | {"tests": {"passed": 4}}, file)["tests"] == {"passed": 4}
+    for key in names["SAME"]:
+        assert names["merged"](later | {key: 2}, file) == later | {key: 2}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
