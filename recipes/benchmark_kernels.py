@@ -1,9 +1,9 @@
 """The fused mixing beside the compiled reference and others: `python recipes/benchmark.py kernels [key=value …]`.
 
 First the tests of the kernels on the GPU, then times. Prints a table and writes all of it as JSON, which is what
-`training.kernels=auto` goes by once it is committed and named in `rlm_mhc/kernels/proven.py`. A run of some of the sizes
-adds to what the file has of the same kernels on the same device. Run it on an otherwise idle GPU: times are what the
-device works, medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
+`training.kernels=auto` goes by once it is committed and named in `rlm_mhc/kernels/proven.py`. A run of some sizes adds
+to what the file has of the same kernels on the same device. Run it on an otherwise idle GPU: times are what the device
+works, medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
 """
 
 import dataclasses
@@ -199,12 +199,14 @@ def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tupl
     return pre[0] + given, pre[1] + 2 * given
 
 
-def halves(op: Implementation, inputs: dict[str, Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
+def halves(
+    op: Implementation, inputs: dict[str, Tensor], calls: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """A forward that keeps what the backward needs, and the backward alone.
 
-    Calls take turns with copies of the inputs, so many that a call finds none of its own in a cache.
+    The calls of one timing take turns with copies of the inputs, so many that they find none of them in a cache.
     """
-    copies = 1 + BEYOND_CACHES // sum(x.numel() * x.itemsize for x in inputs.values())
+    copies = min(calls, 1 + BEYOND_CACHES // sum(x.numel() * x.itemsize for x in inputs.values()))
     leaves = [[x.detach().clone().requires_grad_() for x in op.arrange(*inputs.values())] for _ in range(copies)]
     outputs = [op.run(*own) for own in leaves]
     cotangents = [[torch.randn_like(x) for x in own] for own in outputs]
@@ -264,13 +266,14 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     drawn = draw(n, c, tokens, dtype, torch.Generator(device).manual_seed(0))
     inputs = {key: drawn.pop(key) for key in ARGUMENTS_OF[name]}
     few = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
+    calls = 1 if run.smoke else CALLS
     found, missing = candidates(name, n, c, settings, run.smoke)
     left_out = dict(missing)
     ready, errors = {}, {}
     for who, op in found.items():
         try:
             errors[who] = error(op, plain(name, settings), few)
-            both = halves(op, inputs)
+            both = halves(op, inputs, calls)
             for half in both:
                 half()
             ready[who] = both
@@ -282,7 +285,7 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     for _ in range(run.rounds):
         for who, both in ready.items():
             for half, own in zip(both, times[who], strict=True):
-                own.append(busy(half, device, 1 if run.smoke else CALLS))
+                own.append(busy(half, device, calls))
     must_move = bytes_to_move(name, n, c, tokens, dtype.itemsize)
     rows = {
         who: {

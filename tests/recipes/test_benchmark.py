@@ -88,13 +88,15 @@ def test_the_kernels_are_run_through_in_the_interpreter(recipe, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
 @pytest.mark.usefixtures("no_shape_checks")
-def test_the_compiled_reference_is_measured_beside_them():
+def test_the_compiled_reference_is_measured_beside_them_and_compiled_once_for_all_tokens():
     pytest.importorskip("triton")
     names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
     run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1)
-    measured = names["measure"](run, "mix_pre", 2, 32, 5, torch.device("cpu"))
-    assert measured["rows"].keys() == {"ours", "compiled reference"}
-    assert not measured["left_out"]
+    for tokens in (5, 9):
+        measured = names["measure"](run, "mix_pre", 2, 32, tokens, torch.device("cpu"))
+        assert measured["rows"].keys() == {"ours", "compiled reference"}
+        assert not measured["left_out"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_part_is_added_to_what_was_measured_of_the_same_kernels(tmp_path):
@@ -120,7 +122,7 @@ def test_a_peer_that_fails_late_is_left_out_and_the_rest_is_measured(monkeypatch
         next(calls)
         return plain(*inputs)
 
-    monkeypatch.setitem(names["candidates"].__globals__, "PEERS", {"peer": lambda _: names["Implementation"](twice)})
+    monkeypatch.setitem(names["main"].__globals__, "PEERS", {"peer": lambda _: names["Implementation"](twice)})
     run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1, smoke=True)
     measured = names["measure"](run, "sub_layer", 2, 32, 5, torch.device("cpu"))
     assert measured["rows"].keys() == {"ours"}
