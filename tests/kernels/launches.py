@@ -70,7 +70,8 @@ def launches(n, c, dtype, tokens=16384):
 def source(name, args, options):
     """What Triton would compile for a launch, and the rest of its options."""
     kernel = KERNELS[name]
-    values = dict(zip(kernel.arg_names, args)) | {key: options.pop(key) for key in kernel.arg_names if key in options}
+    named = {key: options.pop(key) for key in kernel.arg_names if key in options}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | named
     signature, constants, attributes = {}, {}, {}
     for number, key in enumerate(kernel.arg_names):
         if isinstance(values[key], torch.Tensor):

@@ -1,4 +1,4 @@
-"""What the interpreter does not see: that the kernels compile for a GPU, once for any number of tokens."""
+"""What the interpreter does not see: that the launches compile for a GPU as they are, once for any number of tokens."""
 
 import importlib.util
 import json

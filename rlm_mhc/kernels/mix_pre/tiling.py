@@ -15,7 +15,7 @@ def apply_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
     if interpreted():
         return dict(BT=128, BC=64, MB=max(LEAST_COLUMNS, columns // 2), G=n if n <= MOST_AT_ONCE else 1)
     if n > MOST_AT_ONCE and dtype == torch.float32:
-        return dict(BT=32, BC=16, MB=min(columns, 64), G=1)
+        return dict(BT=16, BC=32, MB=min(columns, 64), G=1)
     if n > MOST_AT_ONCE:
         return dict(BT=32, BC=64, MB=columns if columns == 128 and dtype == torch.bfloat16 else min(columns, 64), G=1)
     return dict(BT=32, BC={torch.bfloat16: 64, torch.float16: 16, torch.float32: 32}[dtype], MB=columns, G=n)
