@@ -1,11 +1,16 @@
 """The fused mixing beside the compiled reference and others: `python recipes/benchmark.py kernels [key=value …]`.
 
 First the tests of the kernels on the GPU, then times. Prints a table and writes all of it as JSON, which is what
-`training.kernels=auto` goes by once it is committed and named in `rlm_mhc/kernels/proven.py`. Run it on an otherwise
-idle GPU: times are medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
+`training.kernels=auto` goes by once it is committed and named in `rlm_mhc/kernels/proven.py`. A run of some sizes adds
+to what the file has of the same kernels on the same device. Run it on an otherwise idle GPU: times are what the device
+works, medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
 """
 
 import dataclasses
+import functools
+import hashlib
+import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -16,13 +21,15 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import interpreted, require_triton
 from rlm_mhc.kernels.mix_pre import Settings
-from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, WEIGHTS, draw_inputs, fused, reference
-from rlm_mhc.testing.measure import copy_bandwidth, provenance, timed, write_result
+from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, GIVEN, WEIGHTS, draw, fused, reference
+from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.validation import at_least, check, one_of, some_of
 
@@ -30,10 +37,14 @@ ROOT = Path(__file__).parents[1]
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOKE = ((32,), (2,), (5,))
 TOKENS_TO_COMPARE = 512
+CALLS = 10  # of one timing
+BEYOND_CACHES = 10**8  # bytes: what a GPU's caches do not hold, and so many must move for a share of the bandwidth
 SUB_LAYER = "sub_layer"
 ARGUMENTS_OF = {**ARGUMENTS, SUB_LAYER: ("streams", "output", *WEIGHTS)}
+PER_TOKEN = ("streams", *COMBINE, *GIVEN)
 OURS, COMPILED = "ours", "compiled reference"
 LIGER, TRANSFORMER_ENGINE, TILE = "Liger-Kernel", "TransformerEngine", "TileKernels"
+SAME = ("device", "versions", "source", "dtype", "iterations", "smoke")
 Op = Callable[..., tuple[Tensor, ...]]
 
 
@@ -188,12 +199,19 @@ def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tupl
     return pre[0] + given, pre[1] + 2 * given
 
 
-def halves(op: Implementation, inputs: dict[str, Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A forward that keeps what the backward needs, and the backward alone."""
-    leaves = [x.detach().requires_grad_() for x in op.arrange(*inputs.values())]
-    outputs = op.run(*leaves)
-    cotangents = [torch.randn_like(x) for x in outputs]
-    return lambda: op.run(*leaves), lambda: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+def halves(
+    op: Implementation, inputs: dict[str, Tensor], calls: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A forward that keeps what the backward needs, and the backward alone.
+
+    The calls of one timing take turns with copies of the inputs, so many that they find none of them in a cache.
+    """
+    copies = min(calls, 1 + BEYOND_CACHES // sum(x.numel() * x.itemsize for x in inputs.values()))
+    leaves = [[x.detach().clone().requires_grad_() for x in op.arrange(*inputs.values())] for _ in range(copies)]
+    outputs = [op.run(*own) for own in leaves]
+    cotangents = [[torch.randn_like(x) for x in own] for own in outputs]
+    forwards, backwards = itertools.cycle(leaves), itertools.cycle(zip(outputs, leaves, cotangents, strict=True))
+    return lambda: op.run(*next(forwards)), lambda: torch.autograd.grad(*next(backwards), retain_graph=True)
 
 
 def error(op: Implementation, exact: Op, inputs: dict[str, Tensor]) -> float:
@@ -211,12 +229,28 @@ def error(op: Implementation, exact: Op, inputs: dict[str, Tensor]) -> float:
     return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-def candidates(name: str, settings: Settings, smoke: bool) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """Implementations of an op by name, and why others are left out."""
+def compiled(name: str, settings: Settings) -> Op:
+    """The reference compiled for one width and number of streams and any number of tokens."""
+    torch.compiler.reset()  # another width or number of streams is another compilation
+    run = torch.compile(plain(name, settings), fullgraph=True)
+
+    def with_any_tokens(*inputs: Tensor) -> tuple[Tensor, ...]:
+        for key, x in zip(ARGUMENTS_OF[name], inputs, strict=True):
+            if key in PER_TOKEN:
+                torch._dynamo.mark_dynamic(x, 0)
+        return run(*inputs)
+
+    return with_any_tokens
+
+
+@functools.lru_cache(maxsize=1)  # numbers of tokens share a compilation
+def candidates(
+    name: str, n: int, c: int, settings: Settings, smoke: bool
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Implementations by name of an op for one number of streams and width, and why others are left out."""
     found, left_out = {OURS: Implementation(ours(name, settings))}, {}
     if not smoke:
-        torch.compiler.reset()  # a shape at a time: with more of them it would give up on compiling
-        found[COMPILED] = Implementation(torch.compile(plain(name, settings), fullgraph=True, dynamic=False))
+        found[COMPILED] = Implementation(compiled(name, settings))
     for peer, make in PEERS.items() if name == SUB_LAYER else ():
         try:
             found[peer] = make(settings)
@@ -225,26 +259,24 @@ def candidates(name: str, settings: Settings, smoke: bool) -> tuple[dict[str, Im
     return found, left_out
 
 
+@torch._functorch.config.patch(donated_buffer=False)  # a compiled backward that gives its buffers away runs but once
 def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: torch.device) -> dict[str, Any]:
     """One op at one size, all implementations in turn, round by round."""
     settings, dtype = Settings(run.iterations, 1e-6, 0.0), DTYPE[run.dtype]
-    drawn = {
-        **draw_inputs("mix_post_pre", n, c, tokens, dtype, device),
-        **draw_inputs("single_pass_pre", n, c, tokens, dtype, device),
-    }
-    inputs = {key: drawn[key] for key in ARGUMENTS_OF[name]}
-    few = {
-        key: x[:TOKENS_TO_COMPARE] if key in ("streams", "output", "given", *COMBINE) else x
-        for key, x in inputs.items()
-    }
-    found, left_out = candidates(name, settings, run.smoke)
+    drawn = draw(n, c, tokens, dtype, torch.Generator(device).manual_seed(0))
+    inputs = {key: drawn.pop(key) for key in ARGUMENTS_OF[name]}
+    few = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
+    calls = 1 if run.smoke else CALLS
+    found, missing = candidates(name, n, c, settings, run.smoke)
+    left_out = dict(missing)
     ready, errors = {}, {}
     for who, op in found.items():
         try:
             errors[who] = error(op, plain(name, settings), few)
-            ready[who] = halves(op, inputs)
-            for half in ready[who]:
+            both = halves(op, inputs, calls)
+            for half in both:
                 half()
+            ready[who] = both
         except Exception as reason:  # a peer may refuse a size in any way, and the rest goes on
             if who == OURS:
                 raise
@@ -253,7 +285,7 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     for _ in range(run.rounds):
         for who, both in ready.items():
             for half, own in zip(both, times[who], strict=True):
-                own.append(timed(half, device, 1 if run.smoke else 10))
+                own.append(busy(half, device, calls))
     must_move = bytes_to_move(name, n, c, tokens, dtype.itemsize)
     rows = {
         who: {
@@ -285,20 +317,45 @@ def run_tests() -> dict[str, int]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
-    bandwidth = 1e9 * result["copy_gb_per_s"]
-    lines = [f"{result['device']}, {result['dtype']}, {result['date']}; copy {result['copy_gb_per_s']:.0f} GB/s"]
+
+    def share(moved: int, milliseconds: float, copied: float) -> str:
+        return f"{moved / (1e6 * milliseconds * copied):.1%}" if moved >= BEYOND_CACHES else "-"
+
+    lines = [f"{result['device']}, {result['dtype']}, {result['date']}"]
     head = ("fwd ms", "of copy", "bwd ms", "of copy", "error", "ours is")
     lines.append(f"{'op':<22}{'n':>3}{'c':>6}{'tokens':>8}  {'':<20}" + "".join(f"{word:>9}" for word in head))
     for m in result["sizes"]:
         for who, r in m["rows"].items():
-            shares = [m[f"{half}_bytes"] / (1e-3 * r[f"{half}_ms"] * bandwidth) for half in ("forward", "backward")]
+            shares = [share(m[f"{x}_bytes"], r[f"{x}_ms"], m["copy_gb_per_s"]) for x in ("forward", "backward")]
             lines.append(
                 f"{m['op']:<22}{m['n']:>3}{m['c']:>6}{m['tokens']:>8}  {who:<20}"
-                f"{r['forward_ms']:>9.3f}{shares[0]:>9.1%}{r['backward_ms']:>9.3f}{shares[1]:>9.1%}"
+                f"{r['forward_ms']:>9.3f}{shares[0]:>9}{r['backward_ms']:>9.3f}{shares[1]:>9}"
                 f"{r['error']:>9.0e}{r['ours_faster']:>8.2f}×"
             )
     reasons = {f"{who}: {why}" for m in result["sizes"] for who, why in m["left_out"].items()}
     return "\n".join([*lines, *(f"left out {reason}" for reason in sorted(reasons))])
+
+
+def source_digest() -> str:
+    """Of the kernels' source: what was measured or tested of other source says nothing of this one."""
+    files = sorted((ROOT / "rlm_mhc" / "kernels").rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def merged(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A result with the tests and sizes that a file has of the same source, device, versions and settings."""
+    if not file.is_file():
+        return result
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    if differing := [key for key in SAME if earlier.get(key) != result[key]]:
+        print(f"{file} is of another {' and '.join(differing)}: it is replaced", file=sys.stderr)
+        return result
+    return result | {"tests": result["tests"] or earlier["tests"], "sizes": earlier["sizes"]}
+
+
+def size_of(measured: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells one measurement from another."""
+    return tuple(measured[key] for key in ("op", "n", "c", "tokens"))
 
 
 def main(run: KernelsConfig) -> int:
@@ -310,28 +367,34 @@ def main(run: KernelsConfig) -> int:
             "through one tiny size without measuring anything"
         )
     require_triton(device)
-    tests = run_tests() if run.tests and not run.smoke else {}
     widths, streams, tokens = SMOKE if run.smoke else (run.widths, run.streams, run.tokens)
     sizes = [(name, n, c, t) for name in run.ops for c in widths for n in streams for t in tokens]
+    sizes.sort(key=lambda size: (size[1] != 4, size[2] < 2048))  # first what a model of a billion weights has
     capability = list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
-    result: dict[str, Any] = {
+    kind = "smoke" if capability is None else "".join(map(str, capability))
+    name = f"kernels_{device.type}_{kind}_{run.dtype}.json"
+    fresh: dict[str, Any] = {
         **provenance(device, ["torch", "triton", "liger_kernel", "transformer_engine", "tile_kernels"]),
         "command": " ".join(["python recipes/benchmark.py kernels", *sys.argv[1:]]),
+        "source": source_digest(),
         "smoke": run.smoke,
         "capability": capability,
-        "tests": tests,
-        "tests_passed": bool(tests) and tests["passed"] > 0 and not tests["failed"],
         "dtype": run.dtype,
         "iterations": run.iterations,
-        "copy_gb_per_s": copy_bandwidth(device) / 1e9,
+        "tests": run_tests() if run.tests and not run.smoke else {},
         "sizes": [],
     }
-    kind = "smoke" if capability is None else "".join(map(str, capability))
-    for number, (name, n, c, t) in enumerate(sizes, 1):
-        print(f"{number}/{len(sizes)}: {name}, n {n}, c {c}, {t} tokens", file=sys.stderr, flush=True)
-        result["sizes"].append(measure(run, name, n, c, t, device))
+    result = merged(fresh, Path(run.output_dir, name))
+    tests = result["tests"]
+    result["tests_passed"] = bool(tests) and tests["passed"] > 0 and not tests["failed"]
+    file = write_result(run.output_dir, name, result)
+    copied = {"copy_gb_per_s": copy_bandwidth(device) / 1e9, "date": result["date"], "command": result["command"]}
+    for number, size in enumerate(sizes, 1):
+        print("{}/{}: {}, n {}, c {}, {} tokens".format(number, len(sizes), *size), file=sys.stderr, flush=True)
+        measured = measure(run, *size, device) | copied
+        result["sizes"] = [*(other for other in result["sizes"] if size_of(other) != size), measured]
         # After each size, so that a run that is cut short leaves what it has measured.
-        file = write_result(run.output_dir, f"kernels_{device.type}_{kind}_{run.dtype}.json", result)
+        file = write_result(run.output_dir, name, result)
     print(table(result))
     print(f"written to {file}")
     return 1 if tests.get("failed") else 0

@@ -47,7 +47,8 @@ class Mixing(NamedTuple):
       cotangents; `cotangents` are those of `normed, pre, post, res`, that of `pre` None where nothing reads it;
       `more` is the cotangent of the streams which `res` made of these
     - `reduce(streams, output, post, cotangent) -> (output, post, res)`, the cotangents of the combine without streams
-    - `scratch(config)`, the most bytes that a backward works with beside tensors of one stream
+    - `scratch(config, state)`, the most bytes that a backward works with beside tensors of one stream; all of them
+      take `state`
     """
 
     settings: Callable

@@ -13,7 +13,7 @@ from rlm_mhc.kernels.mix_post_pre import mix_post_pre
 from rlm_mhc.kernels.mix_post_pre.op import mix_post_pre as post_pre_op
 from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights, mix_pre, mix_pre_backward
 from rlm_mhc.kernels.mix_pre.op import mix_pre as pre_op
-from rlm_mhc.kernels.mix_pre.tiling import largest_partial_sums
+from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE, largest_partial_sums
 from rlm_mhc.kernels.single_pass import op as single_op
 from rlm_mhc.variants import PRESETS
 
@@ -87,9 +87,10 @@ def _backward(
     return g_streams, g_weights, g_given
 
 
-def _scratch(config: ModelConfig) -> int:
-    """The partial sums of `phi`'s gradient, in bytes."""
-    return 4 * largest_partial_sums(config.mhc_flows, config.hidden_dim)
+def _scratch(config: ModelConfig, state: int) -> int:
+    """The partial sums of `phi`'s gradient, in bytes, and with many streams a cotangent that is combined apart."""
+    apart = state if config.mhc_flows > MOST_AT_ONCE else 0
+    return 4 * largest_partial_sums(config.mhc_flows, config.hidden_dim) + apart
 
 
 MIXING = Mixing(_settings, _pre, _post_pre, mix_post, _forward, _backward, mix_post_reduce, _scratch)

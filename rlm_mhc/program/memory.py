@@ -82,7 +82,7 @@ def _mixing(config: ModelConfig, kernels: Kernels, state: int, wide: int) -> int
         return 0
     if kernels.mixing is None:
         return 2 * wide
-    return 2 * state // config.mhc_flows + kernels.mixing.scratch(config)
+    return 2 * state // config.mhc_flows + kernels.mixing.scratch(config, state)
 
 
 def _bytes(tree: Any) -> int:

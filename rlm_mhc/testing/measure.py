@@ -14,6 +14,8 @@ import torch
 
 from rlm_mhc.train.device import describe
 
+FASTEST_CLOCK = 3e9  # cycles per second, more than those of any GPU
+
 
 def timed(call: Callable[[], object], device: torch.device, count: int = 1) -> float:
     """Seconds per call of `count` calls, what a CUDA device does for them included.
@@ -29,11 +31,32 @@ def timed(call: Callable[[], object], device: torch.device, count: int = 1) -> f
     return (time.perf_counter() - start) / count
 
 
+def busy(call: Callable[[], object], device: torch.device, count: int = 1) -> float:
+    """Seconds per call that a CUDA device works on `count` calls; on another device as `timed`.
+
+    The device is kept waiting until all of them are launched, so that it never waits for a launch in between.
+
+    >>> busy(lambda: None, torch.device("cpu")) >= 0
+    True
+    """
+    seconds = timed(call, device, count)
+    if device.type != "cuda":
+        return seconds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(seconds * count * FASTEST_CLOCK))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / count
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second that a copy of a large tensor reads and writes, the best of several."""
     source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    return 2 * source.numel() / min(busy(lambda: target.copy_(source), device) for _ in range(10))
 
 
 def provenance(device: torch.device, packages: Iterable[str]) -> dict[str, Any]:

@@ -1,17 +1,16 @@
-"""What the interpreter does not see: that the kernels compile for a GPU, once for any number of tokens."""
+"""What the interpreter does not see: that the launches compile for a GPU as they are, once for any number of tokens."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from rlm_mhc.kernels.launch import power_of_two, warps
 from rlm_mhc.kernels.mix_pre import Settings
-from rlm_mhc.kernels.mix_pre.tiling import apply_tile
 from rlm_mhc.kernels.selftest import ARGUMENTS, draw_inputs, fused
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
@@ -23,34 +22,16 @@ from rlm_mhc.kernels.mix_pre import triton as b, triton_apply as c, triton_backw
 kernels = [v for m in (a, b, c, d) for n, v in vars(m).items() if n.endswith("_kernel")]
 print(json.dumps({k.fn.__name__: {p.name: [p.is_constexpr, p.do_not_specialize] for p in k.params} for k in kernels}))
 """
-COMPILE = """
-import json, sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from rlm_mhc.kernels.mix_post import triton as a
-from rlm_mhc.kernels.mix_pre import triton as b, triton_apply as c, triton_backward as d
-dtype, of_streams, jobs = json.loads(sys.argv[1])
-for name, constants, warps, capability in jobs:
-    kernel = next(vars(m)[name] for m in (a, b, c, d) if name in vars(m))
-    pointers = {p: "*" + (dtype if p in of_streams else "fp32") for p in kernel.arg_names if p.endswith("_ptr")}
-    known = {"tokens": "i32", "eps": "fp32"} | pointers | dict.fromkeys(constants, "constexpr")
-    signature = {p: known[p] for p in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    print(name, capability, made.metadata.shared, flush=True)
-"""
-OF_STREAMS = (
-    "x_ptr",
-    "y_ptr",
-    "u_ptr",
-    "mixed_ptr",
-    "g_ptr",
-    "g_y_ptr",
-    "g_u_ptr",
-    "g_mixed_ptr",
-    "out_ptr",
-    "weight_ptr",
-)
+LAUNCHES = Path(__file__).with_name("launches.py")
+KERNELS = {
+    "apply_kernel",
+    "combine_kernel",
+    "finish_kernel",
+    "mapping_kernel",
+    "norm_kernel",
+    "project_kernel",
+    "reduce_kernel",
+}
 SHARED_BYTES = 99 * 1024  # of compute capability 8.6 and 8.9, the least from 8.0 on
 
 
@@ -64,49 +45,25 @@ def without_interpreter(code, *arguments):
 @TRITON
 def test_the_number_of_tokens_is_no_constant_of_any_kernel():
     kernels = json.loads(without_interpreter(DESCRIBE))
-    assert sorted(kernels) == [
-        "apply_kernel",
-        "combine_kernel",
-        "finish_kernel",
-        "mapping_kernel",
-        "norm_kernel",
-        "project_kernel",
-        "reduce_kernel",
-    ]
+    assert kernels.keys() == KERNELS
     assert {name: parameters["tokens"] for name, parameters in kernels.items()} == {
         key: [False, True] for key in kernels
     }
 
 
-def jobs(n, c, dtype, monkeypatch):
-    """Each kernel as a launch on a GPU would compile it."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    raw, width, p = 2 * n + n * n, power_of_two(c), power_of_two(n)
-    shape = dict(C=c, N=n)
-    project = dict(BT=32, BC=32, MP=power_of_two(raw, 16), G=n)
-    sinkhorn = dict(P=p, ITERS=20, EPS=0.0)
-    apply = dict(**apply_tile(n, raw, dtype), MORE="mix", PRECISION="ieee" if dtype == torch.float32 else "tf32")
-    kernels = [
-        ("combine_kernel", dict(BT=16, BC=128, TRANSPOSED=False, OUTPUT=True), 8),
-        ("reduce_kernel", dict(R=16, BC=256, BT=power_of_two(16 // n)), 4),
-        ("project_kernel", dict(M=raw, **project, COMBINE=True, GIVEN=True), 4),
-        ("finish_kernel", dict(BT=1, BC=width, **sinkhorn, AGGREGATE=True, GIVEN=False), warps(2 * width)),
-        ("norm_kernel", dict(BT=1, BC=width), 4),
-        ("mapping_kernel", dict(BT=512 // (p * p), **sinkhorn, MORE=False), 4),
-        ("apply_kernel", dict(M=raw, **apply), 8),
-    ]
-    return [(name, shape | constants, count) for name, constants, count in kernels]
-
-
 @TRITON
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
-@pytest.mark.parametrize(("dtype", "name", "capability"), [(torch.bfloat16, "bf16", 90), (torch.float32, "fp32", 80)])
-def test_every_kernel_compiles_without_a_gpu_and_fits_its_shared_memory(dtype, name, capability, monkeypatch):
-    wanted = [(*job, capability) for job in jobs(3, 96, dtype, monkeypatch)]
-    lines = without_interpreter(COMPILE, json.dumps([name, OF_STREAMS, wanted])).splitlines()
-    assert [line.split()[0] for line in lines] == [job[0] for job in wanted]
-    assert max(int(line.split()[2]) for line in lines) <= SHARED_BYTES
+@pytest.mark.parametrize(
+    ("n", "c", "dtype", "capability"), [(4, 2048, "bf16", 90), (8, 2048, "bf16", 90), (3, 96, "fp32", 80)]
+)
+def test_every_launch_compiles_without_a_gpu_and_fits_its_shared_memory_and_registers(n, c, dtype, capability):
+    sizes = [(n, c, dtype, capability)]
+    found = [json.loads(line) for line in without_interpreter(LAUNCHES.read_text(), json.dumps(sizes)).splitlines()]
+    assert {launch["kernel"] for launch in found} == KERNELS
+    for launch in found:
+        assert launch["shared"] <= SHARED_BYTES, launch
+        assert launch["local"] == 0, f"registers are spilled: {launch}"
 
 
 @pytest.mark.gpu

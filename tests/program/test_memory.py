@@ -52,3 +52,19 @@ def test_the_peak_of_a_compiled_step_is_near_the_plan(remat):
         4 * fn.count(config), top, config.num_layers, accumulated=False
     )
     assert 0.85 <= planned / peak <= 1.15
+
+
+def test_fused_mixing_of_many_streams_works_with_a_state_more():
+    """Their cotangent is combined by a kernel of its own, into memory of its own."""
+
+    def scratch(flows, batch):
+        config = small_config(mhc_flows=flows)
+        return count_activations(config, batch, 64, torch.float32, "none", "cpu", TRITON).layer
+
+    def states(flows):  # of a longer batch, what does not grow with it being left out
+        grown = scratch(flows, 400) - scratch(flows, 200)
+        return grown / (200 * 64 * flows * small_config().hidden_dim * 4)
+
+    # Two cotangents of the streams and two of one stream.
+    assert states(4) == 2 + 2 / 4
+    assert states(5) == 2 + 2 / 5 + 1

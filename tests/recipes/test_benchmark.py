@@ -79,8 +79,54 @@ def test_the_kernels_are_run_through_in_the_interpreter(recipe, tmp_path):
     assert written["smoke"]
     assert not written["tests_passed"]
     assert {size["op"] for size in written["sizes"] if "ours" in size["rows"]} == {*ARGUMENTS, "sub_layer"}
+    assert recipe("benchmark_kernels", *arguments, "ops=[mix_post]").code == 0
+    again = json.loads((tmp_path / "kernels_cpu_smoke_fp32.json").read_text())
+    assert [size["op"] for size in again["sizes"]] == [*(size["op"] for size in written["sizes"][1:]), "mix_post"]
     # Liger-Kernel is among them where it is installed: its kernels, too, run in the interpreter.
     assert max(row["error"] for size in written["sizes"] for row in size["rows"].values()) < 2e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+@pytest.mark.usefixtures("no_shape_checks")
+def test_the_compiled_reference_is_measured_beside_them_and_compiled_once_for_all_tokens():
+    pytest.importorskip("triton")
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1)
+    for tokens in (5, 9):
+        measured = names["measure"](run, "mix_pre", 2, 32, tokens, torch.device("cpu"))
+        assert measured["rows"].keys() == {"ours", "compiled reference"}
+        assert not measured["left_out"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_part_is_added_to_what_was_measured_of_the_same_kernels(tmp_path):
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    file = tmp_path / "result.json"
+    earlier = dict.fromkeys(names["SAME"], 1) | {"tests": {"passed": 3}, "sizes": ["a"]}
+    file.write_text(json.dumps(earlier))
+    later = dict.fromkeys(names["SAME"], 1) | {"tests": {}, "sizes": []}
+    assert names["merged"](later, file) == earlier
+    assert names["merged"](later | {"tests": {"passed": 4}}, file)["tests"] == {"passed": 4}
+    for key in names["SAME"]:
+        assert names["merged"](later | {key: 2}, file) == later | {key: 2}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+def test_a_peer_that_fails_late_is_left_out_and_the_rest_is_measured(monkeypatch):
+    pytest.importorskip("triton")
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    plain = names["plain"]("sub_layer", Settings(2, 1e-6, 0.0))
+    calls = iter([1, 2])
+
+    def twice(*inputs):
+        next(calls)
+        return plain(*inputs)
+
+    monkeypatch.setitem(names["main"].__globals__, "PEERS", {"peer": lambda _: names["Implementation"](twice)})
+    run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1, smoke=True)
+    measured = names["measure"](run, "sub_layer", 2, 32, 5, torch.device("cpu"))
+    assert measured["rows"].keys() == {"ours"}
+    assert measured["left_out"]["peer"].startswith("StopIteration")
 
 
 def test_tile_kernels_gets_the_same_problem(tile_kernels, monkeypatch):

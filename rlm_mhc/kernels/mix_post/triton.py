@@ -28,12 +28,20 @@ def load_streams(x_ptr, t, cols, live, first, C: tl.constexpr, N: tl.constexpr, 
 
 
 @triton.jit
-def mixed_stream(xs, res_ptr, t, in_range, i: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """`Σ_j res[i, j] · xs[j]`, or with `res` transposed."""
+def load_entries(ptr, t, in_range, first, STEP: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Of the `SIZE` numbers of each token every `STEP`-th from the `first` on, `COUNT` of them."""
+    entries = ()
+    for k in tl.static_range(COUNT):
+        entries = entries + (tl.load(ptr + t * SIZE + first + k * STEP, mask=in_range, other=0.0),)
+    return entries
+
+
+@triton.jit
+def mixed_stream(xs, entries, first: tl.constexpr, N: tl.constexpr):
+    """`Σ_j entries[first + j] · xs[j]`."""
     total = tl.zeros_like(xs[0])
     for j in tl.static_range(N):
-        entry = j * N + i if TRANSPOSED else i * N + j
-        total += tl.load(res_ptr + t * N * N + entry, mask=in_range, other=0.0)[:, None] * xs[j]
+        total += entries[first + j][:, None] * xs[j]
     return total
 
 
@@ -60,8 +68,11 @@ def combine_kernel(
     xs = load_streams(x_ptr, t, cols, live, 0, C, N, N)
     if OUTPUT:
         y = tl.load(y_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
-    for i in tl.static_range(N):
-        mixed = mixed_stream(xs, res_ptr, t, in_range, i, N, TRANSPOSED)
+    # With many streams, a body for each of them takes long to compile.
+    for i in tl.range(0, N, num_stages=1, loop_unroll_factor=N if N <= 8 else 1):
+        first = i if TRANSPOSED else i * N
+        row = load_entries(res_ptr, t, in_range, first, N if TRANSPOSED else 1, N, N * N)
+        mixed = mixed_stream(xs, row, 0, N)
         if OUTPUT:
             mixed += tl.load(post_ptr + t * N + i, mask=in_range, other=0.0)[:, None] * y
         at = out_ptr + (t[:, None] * N + i) * C + cols[None, :]

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from rlm_mhc.kernels.mix_post.triton import combine
 from rlm_mhc.kernels.mix_pre import triton as mix_pre
+from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE
 
 
 def forward(x: Tensor, output: Tensor, post: Tensor, res: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
     """As `mix_pre`'s of the combined streams; with more of them than registers hold, the combine is its own kernel."""
-    if x.shape[1] > mix_pre.MOST_AT_ONCE:
+    if x.shape[1] > MOST_AT_ONCE:
         return mix_pre.forward(combine(x, output, post, res), *rest, **options)
     return mix_pre.forward(x, *rest, combined=(output, post, res), **options)

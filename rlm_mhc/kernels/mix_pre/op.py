@@ -156,7 +156,7 @@ def run_backward(
     phi, alpha, bias, weight = (w.contiguous() for w in weights)
     if not len(x):
         g_given = (pre.new_zeros(streams.shape[:-1]),) if given else ()
-        return torch.zeros_like(streams), *g_given, *(torch.zeros_like(w) for w in weights)
+        return streams.new_zeros(streams.shape), *g_given, *(w.new_zeros(w.shape) for w in weights)
     g_u, g_aggregate, g_weight = through_norm(x, pre, weight, rstd, g_normed)
     of_pre = (g_pre, None) if given else (g_aggregate, g_pre)
     g_product, inner, g_alpha, g_bias = through_mappings(
@@ -190,7 +190,7 @@ def _mix_pre_backward(streams: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(streams: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return streams.new_empty(streams.shape), *(torch.empty_like(w) for w in rest[:4])
+    return streams.new_empty(streams.shape), *(w.new_empty(w.shape) for w in rest[:4])
 
 
 _library.impl("mix_pre", _mix_pre, "CompositeExplicitAutograd")

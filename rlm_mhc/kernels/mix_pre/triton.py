@@ -9,12 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
-from rlm_mhc.kernels.mix_post.triton import load_streams, mixed_stream
-from rlm_mhc.kernels.mix_pre.tiling import LEAST_COLUMNS
+from rlm_mhc.kernels.mix_post.triton import load_entries, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_pre.tiling import LEAST_COLUMNS, MOST_AT_ONCE
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn
 from rlm_mhc.kernels.tiles import dot_wide
-
-MOST_AT_ONCE = 8  # streams in the registers of one program; with more of them it takes one after the other
 
 
 @triton.jit
@@ -61,6 +59,12 @@ def project_kernel(
     squares = tl.zeros((BT, BC), tl.float32)
     u_squares = tl.zeros((BT, BC), tl.float32)
     across: tl.constexpr = (C + BC - 1) // BC
+    # Before the loop: in it they would be loaded, and held ahead, for each step.
+    if COMBINE:
+        post = load_entries(post_ptr, t, in_range, 0, 1, N, N)
+        res = load_entries(res_ptr, t, in_range, 0, 1, N * N, N * N)
+    if GIVEN:
+        given = load_entries(given_ptr, t, in_range, 0, 1, N, N)
     for step in range(0, N // G * across):
         first = step // across * G
         cols = step % across * BC + tl.arange(0, BC)
@@ -73,15 +77,14 @@ def project_kernel(
         for i in tl.static_range(G):
             x = xs[i].to(x_ptr.dtype.element_ty)
             if COMBINE:
-                x = mixed_stream(xs, res_ptr, t, in_range, i, N, False)
-                x += tl.load(post_ptr + t * N + i, mask=in_range, other=0.0)[:, None] * y
+                x = mixed_stream(xs, res, i * N, N) + post[i][:, None] * y
                 x = x.to(x_ptr.dtype.element_ty)
                 tl.store(mixed_ptr + (t[:, None] * N + i) * C + cols[None, :], x, mask=live)
             h = dot_wide(x, load_phi(phi_ptr, (first + i) * C + cols, within, 0, M, MP), h)
             wide = x.to(tl.float32)
             squares += wide * wide
             if GIVEN:
-                u += tl.load(given_ptr + t * N + i, mask=in_range, other=0.0)[:, None] * wide
+                u += given[i][:, None] * wide
         if GIVEN:
             u_squares += u * u
             tl.store(u_ptr + t[:, None] * C + cols[None, :], u.to(u_ptr.dtype.element_ty), mask=live)
@@ -161,17 +164,16 @@ def finish_kernel(
     tl.store(res_ptr + t[:, None, None] * N * N + entry[None, :, :], res, mask=mask)
 
 
-def _project_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
-    """The largest tile whose accumulator, streams and part of `phi` stay in registers."""
+def _project_tile(n: int, raw: int, dtype: torch.dtype, combined: bool) -> dict[str, int]:
+    """The largest tile whose accumulator, streams and part of `phi` stay in registers; `phi` is read for each."""
     columns = power_of_two(raw, LEAST_COLUMNS)
     if interpreted():
         return dict(BT=128, BC=64, MP=columns, G=n if n <= MOST_AT_ONCE else 1)
-    wide = dtype == torch.float32
-    if n > MOST_AT_ONCE:
-        large = columns > 256
-        return dict(BT=16 if large else 32, BC=16 if large else 32, MP=columns, G=1)
-    rows = 16 if columns > 64 else 32 if wide or dtype == torch.float16 else 64
-    return dict(BT=rows, BC=16 if columns > 64 and wide else 32, MP=columns, G=n)
+    if n <= MOST_AT_ONCE:
+        rows, width = 64 if dtype == torch.bfloat16 else 32, 16 if combined and dtype != torch.float32 else 32
+        return dict(BT=rows, BC=width, MP=columns, G=n)
+    rows, width = (64, 32) if columns <= 128 else (32, 32) if columns <= 256 else (16, 16)
+    return dict(BT=rows, BC=width, MP=columns, G=1)
 
 
 def forward(
@@ -198,7 +200,7 @@ def forward(
     h, scale, rstd = (torch.empty(tokens, *size, **wide) for size in ((raw,), (), ()))  # type: ignore[arg-type]
     pre, post, res = (torch.empty(tokens, *size, **wide) for size in ((n,), (n,), (n, n)))  # type: ignore[arg-type]
     normed = x.new_empty(tokens, c)
-    tile = _project_tile(n, raw, x.dtype)
+    tile = _project_tile(n, raw, x.dtype, combined is not None)
     at_once = tile["G"] == n
     mixed = torch.empty_like(x) if combined else x
     if not tokens:
@@ -207,7 +209,7 @@ def forward(
         project_kernel[(blocks(tokens, tile["BT"]),)](
             x, *(combined or (None, None, None)), given, phi, mixed, normed, h, scale, rstd, tokens, eps,
             C=c, N=n, M=raw, **tile, COMBINE=combined is not None, GIVEN=given is not None and at_once,
-            num_warps=4 if tile["MP"] <= 64 else 8, num_stages=3 if n <= 4 or not at_once else 1,
+            num_warps=4 if tile["MP"] <= 64 else 8, num_stages=3,
         )  # fmt: skip
         width = power_of_two(c)
         bt = 128 if interpreted() else max(1, 4096 // width)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import on_device
-from rlm_mhc.kernels.mix_post.triton import combine, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_post.triton import combine, load_entries, load_streams, mixed_stream
 from rlm_mhc.kernels.mix_pre.tiling import apply_grid, apply_tile
 from rlm_mhc.kernels.tiles import dot_wide
 
@@ -78,7 +78,7 @@ def apply_kernel(
                 if MORE == "add":
                     g += more[j]
                 if MORE == "mix":
-                    g += mixed_stream(more, res_ptr, t, in_range, j, N, True)
+                    g += mixed_stream(more, load_entries(res_ptr, t, in_range, j, N, N, N * N), 0, N)
                 g = through_phi(
                     g, g_product_ptr, phi_ptr, t, in_range, (first + j) * C + cols, within, M, MB, PRECISION
                 )

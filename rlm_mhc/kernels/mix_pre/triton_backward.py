@@ -12,7 +12,7 @@ from torch import Tensor
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn_backward
 
-NORM_PROGRAMS, MAPPING_PROGRAMS = 512, 128
+NORM_PROGRAMS, MAPPING_PROGRAMS = 512, 1024  # some to each multiprocessor
 
 
 @triton.jit(do_not_specialize=["tokens"])

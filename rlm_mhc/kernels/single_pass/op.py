@@ -100,7 +100,7 @@ def _single_pass_post_pre(
 
 
 def _fake_backward(streams: Tensor, given: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    weights = (torch.empty_like(w) for w in rest[:4])
+    weights = (w.new_empty(w.shape) for w in rest[:4])
     return streams.new_empty(streams.shape), given.new_empty(given.shape), *weights
 
 
