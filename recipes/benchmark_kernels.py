@@ -17,18 +17,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
 import torch._dynamo
 import torch._functorch.config
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import interpreted, require_triton
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, GIVEN, WEIGHTS, draw, fused, reference
+from rlm_mhc.testing.kernel_peers import PEERS, Implementation, Op
 from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.validation import at_least, check, one_of, some_of
@@ -43,9 +43,7 @@ SUB_LAYER = "sub_layer"
 ARGUMENTS_OF = {**ARGUMENTS, SUB_LAYER: ("streams", "output", *WEIGHTS)}
 PER_TOKEN = ("streams", *COMBINE, *GIVEN)
 OURS, COMPILED = "ours", "compiled reference"
-LIGER, TRANSFORMER_ENGINE, TILE = "Liger-Kernel", "TransformerEngine", "TileKernels"
 SAME = ("device", "versions", "source", "dtype", "iterations", "smoke")
-Op = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,95 +89,6 @@ def sub_layer_of(pre: Op, post: Op) -> Op:
         return normed, *post(streams, output, own_post, res)
 
     return run
-
-
-class Implementation(NamedTuple):
-    """An op, and how its arguments become what it takes: that is neither timed nor charged to it."""
-
-    run: Op
-    arrange: Op = lambda *inputs: inputs
-
-
-def rows_first(phi: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """`phi` and `bias` of the transposed matrix: others normalise rows first, so theirs is the transpose of ours."""
-
-    def turned(x: Tensor) -> Tensor:
-        return torch.cat([x[..., : 2 * n], x[..., 2 * n :].unflatten(-1, (n, n)).mT.flatten(-2)], -1)
-
-    return turned(phi), turned(bias)
-
-
-def liger(settings: Settings) -> Implementation:
-    """Liger-Kernel's three functions, with PyTorch's RMS norm of what the sub-layer reads."""
-    from liger_kernel.transformers import functional as theirs
-
-    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        return streams[None], output[None], *rows_first(phi, bias, streams.shape[-2]), *alpha.unbind(), weight
-
-    def run(streams: Tensor, output: Tensor, phi: Tensor, bias: Tensor, *rest: Tensor) -> Any:
-        *alpha, weight = rest
-        how = dict(tmax=settings.num_iters, rms_eps=settings.eps, sinkhorn_eps=settings.sinkhorn_eps)
-        how |= dict(allow_fp32=streams.dtype == torch.float32)
-        pre, post, res = theirs.liger_mhc_coeffs(streams, phi, bias, *alpha, **how)
-        u = theirs.liger_mhc_pre(streams, pre)[0].to(streams.dtype)
-        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
-        return normed, theirs.liger_mhc_post_res(streams, output, post, res.mT)[0]
-
-    return Implementation(run, arrange)
-
-
-def transformer_engine(settings: Settings) -> Implementation:
-    """TransformerEngine's five functions (4 streams, which are its innermost axis), with PyTorch's RMS norm.
-
-    The buffer is how it adds up the gradient of the streams without autograd.
-    """
-    from transformer_engine.pytorch.triton import mhc as theirs
-
-    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        _, n, c = streams.shape
-        phi, bias = rows_first(phi, bias, n)
-        phi = phi.view(n, c, -1).permute(2, 1, 0).flatten(1)
-        return streams.mT.contiguous()[None], output[None], phi, alpha, bias[None], weight
-
-    def run(x: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        _, tokens, c, n = x.shape
-        buffer = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        how = dict(use_tf32=x.dtype != torch.float32, fused_grad_x_acc_buffer=buffer)
-        raw, mean_square = theirs.mhc_fused_projection(x.view(tokens, c * n), phi, **how)
-        pre, post, res = theirs.mhc_fused_scale(raw, alpha, bias, mean_square, n)
-        res = theirs.mhc_fused_sinkhorn(res.view(1, tokens, n, n), n, iters=settings.num_iters)
-        u = theirs.mhc_fused_aggregate(x, pre.view(1, tokens, n), n, **how)[0]
-        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
-        mixed = theirs.mhc_fused_expand_combine(output, None, post.view(1, tokens, n), x, res, n, **how)
-        return normed, mixed[0].mT
-
-    return Implementation(run, arrange)
-
-
-def tile_kernels(settings: Settings) -> Implementation:
-    """TileKernels' two functions (4 streams in bf16), with PyTorch's RMS norm of what the sub-layer reads."""
-    from tile_kernels.modeling.mhc.functional import mhc_pre
-    from tile_kernels.modeling.mhc.ops.post import mhc_post
-
-    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        phi, bias = rows_first(phi, bias, streams.shape[-2])
-        return streams[None], output[None], phi.mT.contiguous(), alpha, bias, weight
-
-    def run(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        how = dict(norm_eps=settings.eps, pre_eps=0.0, sinkhorn_eps=settings.sinkhorn_eps)
-        how |= dict(mhc_mult=streams.shape[-2], post_mult_value=2.0, sinkhorn_repeat=settings.num_iters)
-        u, (post, res) = mhc_pre(streams, phi, alpha, bias, **how)
-        normed = F.rms_norm(u[0], u.shape[-1:], weight, settings.eps)
-        return normed, mhc_post(output, streams, post, res)[0]
-
-    return Implementation(run, arrange)
-
-
-PEERS: dict[str, Callable[[Settings], Implementation]] = {
-    LIGER: liger,
-    TRANSFORMER_ENGINE: transformer_engine,
-    TILE: tile_kernels,
-}
 
 
 def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tuple[int, int]:

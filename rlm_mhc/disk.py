@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 BLOCK_BYTES = 1 << 22
 CHECKSUM = "xxh3_128"
@@ -79,6 +80,22 @@ def discard(path: Path) -> None:
         return
     with suppress(OSError):
         path.unlink()
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> bool | None:
+    """Whether this process now holds the lock of an open file, to its end or that of the file; None where the system or
+    the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def sync(path: Path) -> None:

@@ -239,8 +239,7 @@ def split_fields(fields: Mapping[str, Any], known: Container[str]) -> tuple[dict
             raise ValueError(f"{theirs}={fields[theirs]!r} and {ours}={fields[ours]!r}: two names of one field")
     own = {name: others.pop(name) for name in FIELDS if name in others}
     for name in others:
-        close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
-        if name not in known and (close or name.startswith("mhc_")):
+        if name not in known and (name.startswith("mhc_") or difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)):
             raise ValueError(f"unknown key '{name}'{nearest(name, FIELDS)}; known are {', '.join(FIELDS)}")
     return own, others
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlm_mhc.data.sources import BadLines
-from rlm_mhc.disk import CHECKSUM, replace_file, sync
+from rlm_mhc.disk import CHECKSUM, discard, lock, replace_file, sync
 
 META_FILE, LOCK_FILE, TEMPORARY = "meta.json", ".tokens.lock", ".making-"
 SAMPLES, SAMPLE_BYTES = 256, 1 << 20
@@ -25,18 +24,14 @@ def locked(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
     is still made under names of its own, and compared with its checksum when it is reused.
     """
     with ExitStack() as stack:
-        with suppress(OSError, ImportError):
-            import fcntl
-
+        with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context((folder / LOCK_FILE).open("ab"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if (held := lock(file)) is False:
                 say(f"waiting      for another process that uses {folder}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            for stale in folder.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(stale)
+                held = lock(file, wait=True)
+            for stale in folder.glob(f"{TEMPORARY}*") if held else ():
+                discard(stale)
         yield
 
 

@@ -1,11 +1,10 @@
 """Root-mean-square normalisation, and the one rule for computing statistics in a wide enough dtype."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlm_mhc.fn.linear import Map
 from rlm_mhc.types import Hidden, Vector
 
 
@@ -18,7 +17,7 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Hidden, weight: Vector | Callable[[Tensor], Tensor], eps: float = 1e-6) -> Hidden:
+def rms_norm(x: Hidden, weight: Vector | Map, eps: float = 1e-6) -> Hidden:
     """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`. Where
     a function stands in for the weight, `weight(x)`.
 

@@ -187,10 +187,12 @@ class RLMModel(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             sites = [site.get_connection_matrix() for layer in self.layers for site in (layer.attn_mhc, layer.mlp_mhc)]
         else:
-            params = self.tree()
-            own = [dict(attn_mhc=layer.attn_mhc.tree(), mlp_mhc=layer.mlp_mhc.tree()) for layer in self.layers]
-            layers = tuple(tree._replace(**sites) for tree, sites in zip(params.layers, own, strict=True))
-            sites = list(fn.backbone(params._replace(layers=layers), input_ids, self.shape).res)
+            # By their weights, also where hooks have the modules in their stead: those do not tell `res`.
+            layers = tuple(
+                layer.tree()._replace(attn_mhc=layer.attn_mhc.tree(), mlp_mhc=layer.mlp_mhc.tree())
+                for layer in self.layers
+            )
+            sites = list(fn.backbone(self._outer()._replace(layers=layers), input_ids, self.shape).res)
         largest = torch.stack([res.abs().max() for res in sites]).tolist()
         return list(zip(largest[::2], largest[1::2], strict=True))
 

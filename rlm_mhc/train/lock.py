@@ -5,12 +5,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from rlm_mhc.disk import lock
 
 LOCK_FILE = ".lock"
 
@@ -26,7 +22,7 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: when nothing can be written there.
     """
     with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
-        if not _lock(file):
+        if lock(file) is False:
             file.seek(0)
             raise ValueError(
                 f"output_dir={folder}: in use by {file.read() or 'another process'}; wait until it ends, or choose "
@@ -36,16 +32,3 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _lock(file: IO[str]) -> bool:
-    """Whether no other process holds it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # no locks here
-    return True

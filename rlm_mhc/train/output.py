@@ -131,8 +131,8 @@ def _named_checkpoint(name: str) -> Path:
     return path
 
 
-def _inside(start: Path | None, folder: Path) -> bool:
-    return start is not None and folder.resolve() in start.resolve().parents
+def _inside(start: Path, folder: Path) -> bool:
+    return folder.resolve() in start.resolve().parents
 
 
 def _later(folder: Path, start: Path) -> list[Path]:

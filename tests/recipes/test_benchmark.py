@@ -153,7 +153,7 @@ def test_tile_kernels_gets_the_same_problem(tile_kernels, monkeypatch):
     settings, arguments = Settings(20, 1e-6, 0.0), names["ARGUMENTS_OF"]["sub_layer"]
     drawn = draw_inputs("mix_post_pre", 4, 32, 7, torch.bfloat16)
     exact = names["plain"]("sub_layer", settings)
-    error = names["error"](names["tile_kernels"](settings), exact, {key: drawn[key] for key in arguments})
+    error = names["error"](names["PEERS"]["TileKernels"](settings), exact, {key: drawn[key] for key in arguments})
     assert error < 2e-2  # their references round to bf16
 
 
