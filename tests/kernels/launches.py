@@ -55,15 +55,16 @@ def launches(n, c, dtype, tokens=16384):
     rest = (phi, alpha, bias, weight, 20, 1e-6, 0.0)
     mix_post.combine(x, y, post, res)
     mix_post.reduce(x, y, post, x)
+    mix_post.reduce(x, y, post, x, res)
     mix_pre.forward(x, *rest)
     mix_post_pre.forward(x, y, post, res, *rest)
     single_pass.pre(x, post, *rest)
     single_pass.post_pre(x, y, post, res, post, *rest)
-    triton_backward.through_norm(x, post, weight, per_token, y)
+    normed, _, _ = triton_backward.through_norm(x, post, weight, per_token, y)
     for more in (None, post):
         triton_backward.through_mappings(h, per_token, alpha, bias, (post, more, post, res), c, 20, 0.0)
     for more in ((None, None), (x, None), (x, res)):
-        triton_apply.to_streams(x, post, phi, y, h, per_token, *more)
+        triton_apply.to_streams(x, post, phi, normed, h, per_token, *more)
     return kept
 
 

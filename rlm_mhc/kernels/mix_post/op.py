@@ -14,7 +14,10 @@ _library.define("mix_post(Tensor streams, Tensor output, Tensor post, Tensor res
 _library.define(
     "mix_post_reduce(Tensor streams, Tensor output, Tensor post, Tensor cotangent) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("mix_post_spread(Tensor cotangent, Tensor res) -> Tensor")
+_library.define(
+    "mix_post_backward(Tensor streams, Tensor output, Tensor post, Tensor res, Tensor cotangent) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -34,27 +37,20 @@ def mix_post_reduce(streams: Tensor, output: Tensor, post: Tensor, cotangent: Te
     return torch.ops.rlm_mhc.mix_post_reduce(streams, output, post, cotangent)
 
 
-def mix_post_spread(cotangent: Tensor, res: Tensor) -> Tensor:
-    """The cotangent of the streams, `Σ_i res[i, j] · cotangent[i]`; errors as `mix_post`."""
-    _check(cotangent, None, None, res)
-    return torch.ops.rlm_mhc.mix_post_spread(cotangent, res)
-
-
 def mix_post_backward(
     streams: Tensor, output: Tensor, post: Tensor, res: Tensor, cotangent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cotangents of streams, output, post and res; errors as `mix_post`."""
-    cotangent = cotangent.to(streams.dtype)
-    return mix_post_spread(cotangent, res), *mix_post_reduce(streams, output, post, cotangent)
+    _check(streams, output, post, res)
+    require_shape("cotangent", cotangent, tuple(streams.shape), streams.dtype)
+    return torch.ops.rlm_mhc.mix_post_backward(streams, output, post, res, cotangent)
 
 
-def _check(streams: Tensor, output: Tensor | None, post: Tensor | None, res: Tensor | None) -> None:
+def _check(streams: Tensor, output: Tensor, post: Tensor, res: Tensor | None) -> None:
     require_streams(streams)
     *b, n, c = streams.shape
-    if output is not None:
-        require_shape("output", output, (*b, c), streams.dtype)
-    if post is not None:
-        require_shape("post", post, (*b, n), torch.float32)
+    require_shape("output", output, (*b, c), streams.dtype)
+    require_shape("post", post, (*b, n), torch.float32)
     if res is not None:
         require_shape("res", res, (*b, n, n), torch.float32)
 
@@ -74,11 +70,15 @@ def _mix_post_reduce(streams: Tensor, output: Tensor, post: Tensor, cotangent: T
     return g_output.view(output.shape), g_post.view(post.shape), g_res.view(*post.shape, post.shape[-1])
 
 
-def _mix_post_spread(cotangent: Tensor, res: Tensor) -> Tensor:
-    require_triton(cotangent.device)
-    from rlm_mhc.kernels.mix_post.triton import combine
+def _mix_post_backward(
+    streams: Tensor, output: Tensor, post: Tensor, res: Tensor, cotangent: Tensor
+) -> tuple[Tensor, ...]:
+    require_triton(streams.device)
+    from rlm_mhc.kernels.mix_post.triton import reduce
 
-    return combine(flat(cotangent, 2), None, None, flat(res, 2), transposed=True).view(cotangent.shape)
+    inputs = (streams, output, post, res)
+    own = (flat(x, axes) for x, axes in zip((*inputs[:3], cotangent, res), (2, 1, 1, 2, 2), strict=True))
+    return tuple(g.view(x.shape) for g, x in zip(reduce(*own), inputs, strict=True))
 
 
 def _empty(x: Tensor, *more: int) -> Tensor:
@@ -87,10 +87,10 @@ def _empty(x: Tensor, *more: int) -> Tensor:
 
 _library.impl("mix_post", _mix_post, "CompositeExplicitAutograd")
 _library.impl("mix_post_reduce", _mix_post_reduce, "CompositeExplicitAutograd")
-_library.impl("mix_post_spread", _mix_post_spread, "CompositeExplicitAutograd")
+_library.impl("mix_post_backward", _mix_post_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("rlm_mhc::mix_post", lambda streams, *rest: _empty(streams))
 torch.library.register_fake(
     "rlm_mhc::mix_post_reduce",
     lambda streams, output, post, cotangent: (_empty(output), _empty(post), _empty(post, post.shape[-1])),
 )
-torch.library.register_fake("rlm_mhc::mix_post_spread", lambda cotangent, res: _empty(cotangent))
+torch.library.register_fake("rlm_mhc::mix_post_backward", lambda *inputs: tuple(_empty(x) for x in inputs[:4]))

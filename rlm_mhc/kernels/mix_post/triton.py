@@ -19,11 +19,11 @@ ROWS = 128 if interpreted() else 16
 
 @triton.jit
 def load_streams(x_ptr, t, cols, live, first, C: tl.constexpr, N: tl.constexpr, G: tl.constexpr):
-    """The tiles `[tokens, columns]` of `G` streams from the `first` on, fp32."""
+    """The tiles `[tokens, columns]` of `G` streams from the `first` on, as they are stored."""
     xs = ()
     for j in tl.static_range(G):
         at = x_ptr + (t[:, None] * N + (first + j)) * C + cols[None, :]
-        xs = xs + (tl.load(at, mask=live, other=0.0).to(tl.float32),)
+        xs = xs + (tl.load(at, mask=live, other=0.0),)
     return xs
 
 
@@ -38,11 +38,17 @@ def load_entries(ptr, t, in_range, first, STEP: tl.constexpr, COUNT: tl.constexp
 
 @triton.jit
 def mixed_stream(xs, entries, first: tl.constexpr, N: tl.constexpr):
-    """`Σ_j entries[first + j] · xs[j]`."""
-    total = tl.zeros_like(xs[0])
+    """`Σ_j entries[first + j] · xs[j]` in fp32."""
+    total = tl.zeros(xs[0].shape, tl.float32)
     for j in tl.static_range(N):
-        total += entries[first + j][:, None] * xs[j]
+        total += entries[first + j][:, None] * xs[j].to(tl.float32)
     return total
+
+
+@triton.jit
+def combined_stream(xs, y, post, res, i: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+    """`Σ_j res[i, j] · x[j] + post[i] · y`, rounded as it is stored."""
+    return (mixed_stream(xs, res, i * N, N) + post[i][:, None] * y).to(dtype)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,7 +90,9 @@ def reduce_kernel(
     x_ptr,
     y_ptr,
     post_ptr,
+    res_ptr,
     g_ptr,
+    g_x_ptr,
     g_y_ptr,
     g_post_ptr,
     g_res_ptr,
@@ -94,8 +102,10 @@ def reduce_kernel(
     R: tl.constexpr,
     BC: tl.constexpr,
     BT: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
-    """`g_res[i, j] = Σ_c g[i] · x[j]`, `g_post[i] = Σ_c g[i] · y`, `g_y = Σ_i post[i] · g[i]`.
+    """`g_res[i, j] = Σ_c g[i] · x[j]`, `g_post[i] = Σ_c g[i] · y`, `g_y = Σ_i post[i] · g[i]`, and with `SPREAD`
+    `g_x[j] = Σ_i res[i, j] · g[i]`.
 
     The rows of a tile are the streams of `R // N` tokens: their products with each other are one matrix product, of
     which the blocks on the diagonal, one of each token, are kept.
@@ -118,11 +128,15 @@ def reduce_kernel(
         products = dot(g, tl.trans(x), products)
         with_y += g.to(tl.float32) * y.to(tl.float32)
         live = own_live[:, None] & (cols < C)[None, :]
-        g_y = tl.zeros((BT, BC), tl.float32)
-        for i in tl.static_range(N):
-            g_i = tl.load(g_ptr + (own[:, None] * N + i) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            g_y += tl.load(post_ptr + own * N + i, mask=own_live, other=0.0)[:, None] * g_i
+        gs = load_streams(g_ptr, own, cols, live, 0, C, N, N)
+        g_y = mixed_stream(gs, load_entries(post_ptr, own, own_live, 0, 1, N, N), 0, N)
         tl.store(g_y_ptr + own[:, None] * C + cols[None, :], g_y.to(g_y_ptr.dtype.element_ty), mask=live)
+        if SPREAD:
+            for j in tl.range(0, N, num_stages=1, loop_unroll_factor=N if N <= 8 else 1):
+                column = load_entries(res_ptr, own, own_live, j, N, N, N * N)
+                g_x = mixed_stream(gs, column, 0, N)
+                g_x_at = g_x_ptr + (own[:, None] * N + j) * C + cols[None, :]
+                tl.store(g_x_at, g_x.to(g_x_ptr.dtype.element_ty), mask=live)
     tl.store(g_post_ptr + first * N + row, tl.sum(with_y, 1), mask=row_live)
     same = row_live[:, None] & (row // N == (row // N)[:, None])
     at = g_res_ptr + (first * N + row)[:, None] * N + (row % N)[None, :]
@@ -148,13 +162,15 @@ def combine(x: Tensor, y: Tensor | None, post: Tensor | None, res: Tensor, trans
     return out
 
 
-def reduce(x: Tensor, y: Tensor, post: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cotangents of `y`, `post` and `res`, from that of the combined streams."""
+def reduce(x: Tensor, y: Tensor, post: Tensor, g: Tensor, res: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The cotangents of `y`, `post` and `res`, from that of the combined streams; with `res` first that of `x`."""
     tokens, n, c = x.shape
     out = torch.empty_like(y), torch.empty_like(post), post.new_empty(tokens, n, n)
+    g_x = None if res is None else torch.empty_like(x)
     rows = ROWS
-    options = dict(C=c, N=n, R=rows, BC=min(power_of_two(c), 256), BT=power_of_two(rows // n))
+    options = dict(C=c, N=n, R=rows, BC=min(power_of_two(c), 256), BT=power_of_two(rows // n), SPREAD=res is not None)
     if tokens:
         with on_device(x):
-            reduce_kernel[(blocks(tokens, rows // n),)](x, y, post, g, *out, tokens, **options, num_warps=4)
-    return out
+            grid = (blocks(tokens, rows // n),)
+            reduce_kernel[grid](x, y, post, res, g, g_x, *out, tokens, **options, num_warps=4)
+    return out if g_x is None else (g_x, *out)

@@ -157,13 +157,13 @@ def run_backward(
     if not len(x):
         g_given = (pre.new_zeros(streams.shape[:-1]),) if given else ()
         return streams.new_zeros(streams.shape), *g_given, *(w.new_zeros(w.shape) for w in weights)
-    g_u, g_aggregate, g_weight = through_norm(x, pre, weight, rstd, g_normed)
+    normed, g_aggregate, g_weight = through_norm(x, pre, weight, rstd, g_normed)
     of_pre = (g_pre, None) if given else (g_aggregate, g_pre)
     g_product, inner, g_alpha, g_bias = through_mappings(
         h, scale, alpha, bias, (*of_pre, g_post, g_res), x.shape[-1], num_iters, sinkhorn_eps
     )  # fmt: skip
     g_streams, g_phi = to_streams(
-        x, pre, phi, g_u, g_product, inner,
+        x, pre, phi, normed, g_product, inner,
         None if more is None else flat(more, 2), None if res is None else flat(res, 2),
     )  # fmt: skip
     g_given = (g_aggregate.view(streams.shape[:-1]),) if given else ()

@@ -10,15 +10,16 @@ MOST_AT_ONCE = 4  # streams in the registers of one program; with more of them t
 
 
 def apply_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles such that the sums for `phi`, `G · BC · MB` numbers, stay in registers."""
+    """Tiles such that the sums for `phi`, `G · BC · MB` numbers, stay in registers, and their warps."""
     columns = power_of_two(raw, LEAST_COLUMNS)
     if interpreted():
-        return dict(BT=128, BC=64, MB=max(LEAST_COLUMNS, columns // 2), G=n if n <= MOST_AT_ONCE else 1)
+        return dict(BT=128, BC=64, MB=max(LEAST_COLUMNS, columns // 2), G=n if n <= MOST_AT_ONCE else 1, num_warps=4)
     if n > MOST_AT_ONCE and dtype == torch.float32:
-        return dict(BT=16, BC=32, MB=min(columns, 64), G=1)
+        return dict(BT=16, BC=32, MB=min(columns, 64), G=1, num_warps=8)
     if n > MOST_AT_ONCE:
-        return dict(BT=32, BC=64, MB=columns if columns == 128 and dtype == torch.bfloat16 else min(columns, 64), G=1)
-    return dict(BT=32, BC={torch.bfloat16: 64, torch.float16: 16, torch.float32: 32}[dtype], MB=columns, G=n)
+        most = 128 if dtype == torch.bfloat16 else 64
+        return dict(BT=32, BC=64, MB=min(columns, most), G=1, num_warps=4)
+    return dict(BT=16, BC=64 if dtype == torch.bfloat16 else 32, MB=columns, G=n, num_warps=4)
 
 
 def apply_grid(n: int, c: int, raw: int, tokens: int, tile: dict[str, int]) -> tuple[int, int, int]:

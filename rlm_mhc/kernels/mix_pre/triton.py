@@ -9,10 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
-from rlm_mhc.kernels.mix_post.triton import load_entries, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_post.triton import combined_stream, load_entries, load_streams
 from rlm_mhc.kernels.mix_pre.tiling import LEAST_COLUMNS, MOST_AT_ONCE
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn
 from rlm_mhc.kernels.tiles import dot_wide
+
+# Tokens whose mappings a program makes: Sinkhorn takes a warp as long for one of them as for several.
+FINISHED_AT_ONCE = 128 if interpreted() else 16
 
 
 @triton.jit
@@ -75,10 +78,9 @@ def project_kernel(
             y = tl.load(y_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
         u = tl.zeros((BT, BC), tl.float32)
         for i in tl.static_range(G):
-            x = xs[i].to(x_ptr.dtype.element_ty)
+            x = xs[i]
             if COMBINE:
-                x = mixed_stream(xs, res, i * N, N) + post[i][:, None] * y
-                x = x.to(x_ptr.dtype.element_ty)
+                x = combined_stream(xs, y, post, res, i, N, x_ptr.dtype.element_ty)
                 tl.store(mixed_ptr + (t[:, None] * N + i) * C + cols[None, :], x, mask=live)
             h = dot_wide(x, load_phi(phi_ptr, (first + i) * C + cols, within, 0, M, MP), h)
             wide = x.to(tl.float32)
@@ -115,6 +117,7 @@ def finish_kernel(
     C: tl.constexpr,
     N: tl.constexpr,
     BT: tl.constexpr,
+    STEP: tl.constexpr,
     BC: tl.constexpr,
     P: tl.constexpr,
     ITERS: tl.constexpr,
@@ -122,34 +125,14 @@ def finish_kernel(
     AGGREGATE: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """From `h` to the mappings, and the normed aggregate of the streams by `pre`, with `GIVEN` by what is given.
-
-    Without `AGGREGATE` that aggregate is there already, and is normed in place.
+    """From `h` to the mappings of `BT` tokens, and `STEP` by `STEP` to their normed aggregate by `pre`, with `GIVEN` by
+    what is given. Without `AGGREGATE` the aggregate is there already, and is normed in place.
     """
     M: tl.constexpr = 2 * N + N * N
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    # From the last token to the first: what the kernel before has written last may still be in the cache.
+    start = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BT
+    t = start + tl.arange(0, BT)
     in_range = t < tokens
-    cols = tl.arange(0, BC)
-    live = in_range[:, None] & (cols < C)[None, :]
-    u = tl.zeros((BT, BC), tl.float32)
-    alpha = tl.load(alpha_ptr)
-    for j in tl.static_range(N):
-        pre = tl.sigmoid(alpha * tl.load(h_ptr + t * M + j, mask=in_range, other=0.0) + tl.load(bias_ptr + j)) + EPS
-        tl.store(pre_ptr + t * N + j, pre, mask=in_range)
-        if AGGREGATE:
-            if GIVEN:
-                pre = tl.load(given_ptr + t * N + j, mask=in_range, other=0.0)
-            x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0)
-            u += pre[:, None] * x.to(tl.float32)
-    if AGGREGATE:
-        rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / C + eps)
-        tl.store(rstd_ptr + t, rstd, mask=in_range)
-    else:
-        u += tl.load(u_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + t, mask=in_range, other=0.0)
-    weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
-    normed = (u * rstd[:, None] * weight[None, :]).to(u_ptr.dtype.element_ty)
-    tl.store(u_ptr + t[:, None] * C + cols[None, :], normed, mask=live)
     line = tl.arange(0, P)
     at, mask = N + line, in_range[:, None] & (line < N)[None, :]
     post = tl.load(h_ptr + t[:, None] * M + at[None, :], mask=mask, other=0.0)
@@ -162,6 +145,33 @@ def finish_kernel(
     bias = tl.load(bias_ptr + 2 * N + entry[None, :, :], mask=inside, other=0.0)
     res = sinkhorn(tl.load(alpha_ptr + 2) * logits + bias, inside, ITERS, EPS)
     tl.store(res_ptr + t[:, None, None] * N * N + entry[None, :, :], res, mask=mask)
+
+    cols = tl.arange(0, BC)
+    within = cols < C
+    weight = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32)
+    alpha = tl.load(alpha_ptr)
+    for first in range(0, tl.minimum(tokens - start, BT).to(tl.int32), STEP):
+        own = start + first + tl.arange(0, STEP)
+        in_step = own < tokens
+        live = in_step[:, None] & within[None, :]
+        u = tl.zeros((STEP, BC), tl.float32)
+        for j in tl.static_range(N):
+            logit = alpha * tl.load(h_ptr + own * M + j, mask=in_step, other=0.0) + tl.load(bias_ptr + j)
+            pre = tl.sigmoid(logit) + EPS
+            tl.store(pre_ptr + own * N + j, pre, mask=in_step)
+            if AGGREGATE:
+                if GIVEN:
+                    pre = tl.load(given_ptr + own * N + j, mask=in_step, other=0.0)
+                x = tl.load(x_ptr + (own[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0)
+                u += pre[:, None] * x.to(tl.float32)
+        if AGGREGATE:
+            rstd = 1 / tl.sqrt(tl.sum(u * u, 1) / C + eps)
+            tl.store(rstd_ptr + own, rstd, mask=in_step)
+        else:
+            u += tl.load(u_ptr + own[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + own, mask=in_step, other=0.0)
+        normed = (u * rstd[:, None] * weight[None, :]).to(u_ptr.dtype.element_ty)
+        tl.store(u_ptr + own[:, None] * C + cols[None, :], normed, mask=live)
 
 
 def _project_tile(n: int, raw: int, dtype: torch.dtype, combined: bool) -> dict[str, int]:
@@ -212,10 +222,11 @@ def forward(
             num_warps=4 if tile["MP"] <= 64 else 8, num_stages=3,
         )  # fmt: skip
         width = power_of_two(c)
-        bt = 128 if interpreted() else max(1, 4096 // width)
+        step = 64 if interpreted() else max(1, 4096 // width)
+        bt = max(step, FINISHED_AT_ONCE)
         finish_kernel[(blocks(tokens, bt),)](
             mixed, given, normed, h, alpha, bias, weight, pre, post, res, rstd, tokens, eps,
-            C=c, N=n, BT=bt, BC=width, P=power_of_two(n), ITERS=num_iters, EPS=sinkhorn_eps,
-            AGGREGATE=given is None or not at_once, GIVEN=given is not None, num_warps=warps(bt * width * 2),
+            C=c, N=n, BT=bt, STEP=step, BC=width, P=power_of_two(n), ITERS=num_iters, EPS=sinkhorn_eps,
+            AGGREGATE=given is None or not at_once, GIVEN=given is not None, num_warps=warps(step * width * 2),
         )  # fmt: skip
     return mixed, normed, pre, post, res, h, scale, rstd

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlm_mhc.kernels.launch import on_device
 from rlm_mhc.kernels.mix_post.triton import combine, load_entries, load_streams, mixed_stream
 from rlm_mhc.kernels.mix_pre.tiling import apply_grid, apply_tile
+from rlm_mhc.kernels.mix_pre.triton_backward import Normed
 from rlm_mhc.kernels.tiles import dot_wide
 
 
@@ -21,11 +22,14 @@ def apply_kernel(
     x_ptr,
     pre_ptr,
     phi_ptr,
-    g_u_ptr,
+    weight_ptr,
+    rstd_ptr,
+    g_ptr,
+    mean_ptr,
     g_product_ptr,
     inner_ptr,
-    g_mixed_ptr,
-    res_ptr,
+    more_ptr,
+    after_ptr,
     out_ptr,
     g_phi_ptr,
     tokens,
@@ -41,8 +45,9 @@ def apply_kernel(
 ):
     """The cotangent of `G` streams at some channels and, of the program's own tokens, that of `phi` there.
 
-    With `MORE="add"` another cotangent of the streams is added, with `"mix"`, where `G` is all of them, another one by
-    `resᵀ`. Programs whose third index is above 0 have further columns of `phi` and nothing else.
+    Where `G` is all of them, `g` is the cotangent of the norm's output, else that of the aggregate already. With
+    `MORE="add"` another cotangent of the streams is added, with `"mix"`, where `G` is all of them, another one by
+    `afterᵀ`. Programs whose third index is above 0 have further columns of `phi` and nothing else.
     """
     across: tl.constexpr = (C + BC - 1) // BC
     first = tl.program_id(0) // across * G
@@ -59,26 +64,32 @@ def apply_kernel(
         t = (count - 1 - number) * BT + tl.arange(0, BT).to(tl.int64)
         in_range = t < tokens
         live = in_range[:, None] & within[None, :]
+        row = t[:, None] * C + cols[None, :]
         xs = load_streams(x_ptr, t, cols, live, first, C, N, G)
         product = t[:, None] * M + columns[None, :]
         g_product = tl.load(g_product_ptr + product, mask=in_range[:, None] & (columns < M)[None, :], other=0.0)
         summed = ()
         for j in tl.static_range(G):
-            x = tl.trans(xs[j].to(x_ptr.dtype.element_ty))
-            summed = summed + (dot_wide(x, g_product, g_phi[j]),)
+            summed = summed + (dot_wide(tl.trans(xs[j]), g_product, g_phi[j]),)
         g_phi = summed
         if part == 0:
-            g_u = tl.load(g_u_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            pre = load_entries(pre_ptr, t, in_range, first, 1, G, N)
+            g_u = tl.load(g_ptr + row, mask=live, other=0.0).to(tl.float32)
+            if G == N:
+                u = mixed_stream(xs, pre, 0, N)
+                rstd = tl.load(rstd_ptr + t, mask=in_range, other=0.0)[:, None]
+                mean = tl.load(mean_ptr + t, mask=in_range, other=0.0)[:, None]
+                weight = tl.load(weight_ptr + cols, mask=within, other=0.0).to(tl.float32)
+                g_u = rstd * (g_u * weight[None, :] - u * rstd * mean)
             inner = tl.load(inner_ptr + t, mask=in_range, other=0.0)
             if MORE != "":
-                more = load_streams(g_mixed_ptr, t, cols, live, first, C, N, G)
+                more = load_streams(more_ptr, t, cols, live, first, C, N, G)
             for j in tl.static_range(G):
-                pre = tl.load(pre_ptr + t * N + first + j, mask=in_range, other=0.0)
-                g = pre[:, None] * g_u - inner[:, None] * xs[j]
+                g = pre[j][:, None] * g_u - inner[:, None] * xs[j].to(tl.float32)
                 if MORE == "add":
-                    g += more[j]
+                    g += more[j].to(tl.float32)
                 if MORE == "mix":
-                    g += mixed_stream(more, load_entries(res_ptr, t, in_range, j, N, N, N * N), 0, N)
+                    g += mixed_stream(more, load_entries(after_ptr, t, in_range, j, N, N, N * N), 0, N)
                 g = through_phi(
                     g, g_product_ptr, phi_ptr, t, in_range, (first + j) * C + cols, within, M, MB, PRECISION
                 )
@@ -105,22 +116,29 @@ def through_phi(
 
 
 def to_streams(
-    x: Tensor, pre: Tensor, phi: Tensor, g_u: Tensor, g_product: Tensor, inner: Tensor, more: Any, res: Any
+    x: Tensor,
+    pre: Tensor,
+    phi: Tensor,
+    normed: Normed,
+    g_product: Tensor,
+    inner: Tensor,
+    more: Tensor | None,
+    after: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The cotangents of the streams and of `phi`; `more` is another one of the streams, with `res` by `resᵀ`."""
+    """The cotangents of the streams and of `phi`; `more` is another one of the streams, with `after` by `afterᵀ`."""
     tokens, n, c = x.shape
     raw = phi.shape[-1]
     tile = apply_tile(n, raw, x.dtype)
-    if res is not None and tile["G"] < n:
-        more, res = combine(more, None, None, res, transposed=True), None
+    if more is not None and after is not None and tile["G"] < n:
+        more, after = combine(more, None, None, after, transposed=True), None
     out = torch.empty_like(x)
     grid = apply_grid(n, c, raw, tokens, tile)
     partial = phi.new_empty(grid[1], n * c, raw)
     half = x.dtype != torch.float32
-    options: dict[str, Any] = dict(MORE="" if more is None else "add" if res is None else "mix")
+    options: dict[str, Any] = dict(MORE="" if more is None else "add" if after is None else "mix")
     with on_device(x):
         apply_kernel[grid](
-            x, pre, phi, g_u, g_product, inner, more, res, out, partial, tokens, C=c, N=n, M=raw, **tile, **options,
-            PRECISION="tf32" if half else "ieee", num_warps=8,
+            x, pre, phi, *normed, g_product, inner, more, after, out, partial, tokens, C=c, N=n, M=raw, **tile,
+            **options, PRECISION="tf32" if half else "ieee", num_stages=2,
         )  # fmt: skip
     return out, partial.sum(0)

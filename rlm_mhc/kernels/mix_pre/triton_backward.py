@@ -4,14 +4,20 @@ What is summed over tokens is summed by a number of programs that depends on the
 in their order, and their sums are added in the programs' order: the same bits in every run.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
+from rlm_mhc.kernels.mix_post.triton import load_entries, load_streams, mixed_stream
+from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn_backward
 
+Combined = tuple[Tensor, Tensor, Tensor]
+"""`(output, post, res)` by which `mix_post` combines the streams first."""
 NORM_PROGRAMS, MAPPING_PROGRAMS = 512, 1024  # some to each multiprocessor
 
 
@@ -22,6 +28,7 @@ def norm_kernel(
     weight_ptr,
     rstd_ptr,
     g_ptr,
+    mean_ptr,
     g_u_ptr,
     g_pre_ptr,
     g_weight_ptr,
@@ -30,8 +37,13 @@ def norm_kernel(
     N: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """Cotangents of the aggregate and of `pre`, from that of the normed aggregate; sums for `weight`."""
+    """From the cotangent of the normed aggregate to that of `pre`, and sums for `weight`.
+
+    With `HELD` the streams stay in registers, and of the cotangent of the aggregate its mean over the norm's direction
+    is written, from which `apply_kernel` makes it again; without, itself.
+    """
     program = tl.program_id(0)
     cols = tl.arange(0, BC)
     within = cols < C
@@ -41,20 +53,32 @@ def norm_kernel(
         t = start + tl.arange(0, BT).to(tl.int64)
         in_range = t < tokens
         live = in_range[:, None] & within[None, :]
+        row = t[:, None] * C + cols[None, :]
+        pre = load_entries(pre_ptr, t, in_range, 0, 1, N, N)
         u = tl.zeros((BT, BC), tl.float32)
-        for j in tl.static_range(N):
-            x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            u += tl.load(pre_ptr + t * N + j, mask=in_range, other=0.0)[:, None] * x
+        if HELD:
+            xs = load_streams(x_ptr, t, cols, live, 0, C, N, N)
+            u = mixed_stream(xs, pre, 0, N)
+        else:
+            for j in tl.static_range(N):
+                x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0)
+                u += pre[j][:, None] * x.to(tl.float32)
         rstd = tl.load(rstd_ptr + t, mask=in_range, other=0.0)[:, None]
         unit = u * rstd
-        g = tl.load(g_ptr + t[:, None] * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + row, mask=live, other=0.0).to(tl.float32)
         g_weight += tl.sum(g * unit, 0)
         g = g * weight[None, :]
-        g_u = rstd * (g - unit * (tl.sum(g * unit, 1) / C)[:, None])
-        tl.store(g_u_ptr + t[:, None] * C + cols[None, :], g_u.to(g_u_ptr.dtype.element_ty), mask=live)
-        for j in tl.static_range(N):
-            x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
-            tl.store(g_pre_ptr + t * N + j, tl.sum(g_u * x, 1), mask=in_range)
+        mean = tl.sum(g * unit, 1) / C
+        g_u = rstd * (g - unit * mean[:, None])
+        if HELD:
+            tl.store(mean_ptr + t, mean, mask=in_range)
+            for j in tl.static_range(N):
+                tl.store(g_pre_ptr + t * N + j, tl.sum(g_u * xs[j].to(tl.float32), 1), mask=in_range)
+        else:
+            tl.store(g_u_ptr + row, g_u.to(g_u_ptr.dtype.element_ty), mask=live)
+            for j in tl.static_range(N):
+                x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+                tl.store(g_pre_ptr + t * N + j, tl.sum(g_u * x, 1), mask=in_range)
     tl.store(g_weight_ptr + program * C + cols, g_weight, mask=within)
 
 
@@ -150,20 +174,35 @@ def mapping_kernel(
     tl.store(own + 3 + 2 * N + entry, of_res, mask=real[:, None] & real[None, :])
 
 
-def through_norm(x: Tensor, pre: Tensor, weight: Tensor, rstd: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cotangents of the aggregate, of `pre` and of `weight`."""
+class Normed(NamedTuple):
+    """What `apply_kernel` reads of the backward of the norm: its `weight`, `rstd`, the cotangent `g` of its output, and
+    the mean of `g · weight` over its direction; where streams do not stay in registers the cotangent of its input
+    alone, as `g`."""
+
+    weight: Tensor | None
+    rstd: Tensor | None
+    g: Tensor
+    mean: Tensor | None
+
+
+def through_norm(x: Tensor, pre: Tensor, weight: Tensor, rstd: Tensor, g: Tensor) -> tuple[Normed, Tensor, Tensor]:
+    """What `to_streams` needs of it, and the cotangents of `pre` and of `weight`."""
     tokens, n, c = x.shape
-    g_u, g_pre = torch.empty_like(g), torch.empty_like(pre)
+    held = n <= MOST_AT_ONCE
+    g_pre = torch.empty_like(pre)
+    mean, g_u = (torch.empty_like(rstd), None) if held else (None, torch.empty_like(g))
     width = power_of_two(c)
     bt = 64 if interpreted() else max(1, 2048 // width)
     programs = max(1, min(NORM_PROGRAMS, blocks(tokens, bt)))
     partial = pre.new_empty(programs, c)
     with on_device(x):
         norm_kernel[(programs,)](
-            x, pre, weight, rstd, g, g_u, g_pre, partial, tokens, C=c, N=n, BT=bt, BC=width,
+            x, pre, weight, rstd, g, mean, g_u, g_pre, partial, tokens,
+            C=c, N=n, BT=bt, BC=width, HELD=held,
             num_warps=max(4, warps(bt * width * 2)),
         )  # fmt: skip
-    return g_u, g_pre, partial.sum(0).to(weight.dtype)
+    normed = Normed(weight, rstd, g, mean) if g_u is None else Normed(None, None, g_u, None)
+    return normed, g_pre, partial.sum(0).to(weight.dtype)
 
 
 def through_mappings(
