@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
-from rlm_mhc.kernels.mix_post.triton import load_entries, load_streams, mixed_stream
 from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn_backward
 
@@ -37,12 +36,13 @@ def norm_kernel(
     N: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
-    HELD: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """From the cotangent of the normed aggregate to that of `pre`, and sums for `weight`.
 
-    With `HELD` the streams stay in registers, and of the cotangent of the aggregate its mean over the norm's direction
-    is written, from which `apply_kernel` makes it again; without, itself.
+    Of the cotangent of the aggregate its mean over the norm's direction is written, from which `apply_kernel` makes it
+    again, or with `WHOLE` itself. The streams are loaded twice, the second time from a cache: held in registers they
+    would leave room for half as many programs.
     """
     program = tl.program_id(0)
     cols = tl.arange(0, BC)
@@ -54,15 +54,10 @@ def norm_kernel(
         in_range = t < tokens
         live = in_range[:, None] & within[None, :]
         row = t[:, None] * C + cols[None, :]
-        pre = load_entries(pre_ptr, t, in_range, 0, 1, N, N)
         u = tl.zeros((BT, BC), tl.float32)
-        if HELD:
-            xs = load_streams(x_ptr, t, cols, live, 0, C, N, N)
-            u = mixed_stream(xs, pre, 0, N)
-        else:
-            for j in tl.static_range(N):
-                x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0)
-                u += pre[j][:, None] * x.to(tl.float32)
+        for j in tl.static_range(N):
+            x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            u += tl.load(pre_ptr + t * N + j, mask=in_range, other=0.0)[:, None] * x
         rstd = tl.load(rstd_ptr + t, mask=in_range, other=0.0)[:, None]
         unit = u * rstd
         g = tl.load(g_ptr + row, mask=live, other=0.0).to(tl.float32)
@@ -70,15 +65,13 @@ def norm_kernel(
         g = g * weight[None, :]
         mean = tl.sum(g * unit, 1) / C
         g_u = rstd * (g - unit * mean[:, None])
-        if HELD:
-            tl.store(mean_ptr + t, mean, mask=in_range)
-            for j in tl.static_range(N):
-                tl.store(g_pre_ptr + t * N + j, tl.sum(g_u * xs[j].to(tl.float32), 1), mask=in_range)
-        else:
+        if WHOLE:
             tl.store(g_u_ptr + row, g_u.to(g_u_ptr.dtype.element_ty), mask=live)
-            for j in tl.static_range(N):
-                x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
-                tl.store(g_pre_ptr + t * N + j, tl.sum(g_u * x, 1), mask=in_range)
+        else:
+            tl.store(mean_ptr + t, mean, mask=in_range)
+        for j in tl.static_range(N):
+            x = tl.load(x_ptr + (t[:, None] * N + j) * C + cols[None, :], mask=live, other=0.0).to(tl.float32)
+            tl.store(g_pre_ptr + t * N + j, tl.sum(g_u * x, 1), mask=in_range)
     tl.store(g_weight_ptr + program * C + cols, g_weight, mask=within)
 
 
@@ -188,9 +181,9 @@ class Normed(NamedTuple):
 def through_norm(x: Tensor, pre: Tensor, weight: Tensor, rstd: Tensor, g: Tensor) -> tuple[Normed, Tensor, Tensor]:
     """What `to_streams` needs of it, and the cotangents of `pre` and of `weight`."""
     tokens, n, c = x.shape
-    held = n <= MOST_AT_ONCE
+    whole = n > MOST_AT_ONCE
     g_pre = torch.empty_like(pre)
-    mean, g_u = (torch.empty_like(rstd), None) if held else (None, torch.empty_like(g))
+    mean, g_u = (None, torch.empty_like(g)) if whole else (torch.empty_like(rstd), None)
     width = power_of_two(c)
     bt = 64 if interpreted() else max(1, 2048 // width)
     programs = max(1, min(NORM_PROGRAMS, blocks(tokens, bt)))
@@ -198,7 +191,7 @@ def through_norm(x: Tensor, pre: Tensor, weight: Tensor, rstd: Tensor, g: Tensor
     with on_device(x):
         norm_kernel[(programs,)](
             x, pre, weight, rstd, g, mean, g_u, g_pre, partial, tokens,
-            C=c, N=n, BT=bt, BC=width, HELD=held,
+            C=c, N=n, BT=bt, BC=width, WHOLE=whole,
             num_warps=max(4, warps(bt * width * 2)),
         )  # fmt: skip
     normed = Normed(weight, rstd, g, mean) if g_u is None else Normed(None, None, g_u, None)
