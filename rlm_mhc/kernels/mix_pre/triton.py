@@ -221,12 +221,12 @@ def forward(
             C=c, N=n, M=raw, **tile, COMBINE=combined is not None, GIVEN=given is not None and at_once,
             num_warps=4 if tile["MP"] <= 64 else 8, num_stages=3,
         )  # fmt: skip
-        width = power_of_two(c)
-        step = 64 if interpreted() else max(1, 4096 // width)
-        bt = max(step, FINISHED_AT_ONCE)
+        width, p, bt = power_of_two(c), power_of_two(n), FINISHED_AT_ONCE
+        step = 64 if interpreted() else min(bt, max(1, 4096 // width))
         finish_kernel[(blocks(tokens, bt),)](
             mixed, given, normed, h, alpha, bias, weight, pre, post, res, rstd, tokens, eps,
-            C=c, N=n, BT=bt, STEP=step, BC=width, P=power_of_two(n), ITERS=num_iters, EPS=sinkhorn_eps,
-            AGGREGATE=given is None or not at_once, GIVEN=given is not None, num_warps=warps(step * width * 2),
+            C=c, N=n, BT=bt, STEP=step, BC=width, P=p, ITERS=num_iters, EPS=sinkhorn_eps,
+            AGGREGATE=given is None or not at_once, GIVEN=given is not None,
+            num_warps=warps(max(step * width * 2, bt * p * p)),
         )  # fmt: skip
     return mixed, normed, pre, post, res, h, scale, rstd
