@@ -13,6 +13,7 @@ from rlm_mhc.kernels.mix_post import mix_post
 from rlm_mhc.kernels.mix_post_pre import mix_post_pre
 from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre
 from rlm_mhc.kernels.single_pass import single_pass_post_pre, single_pass_pre
+from rlm_mhc.kernels.sub_layer import single_pass_sub_layer, sub_layer
 from rlm_mhc.params import MHCParams
 from rlm_mhc.variants import PRESETS
 
@@ -23,11 +24,18 @@ ARGUMENTS = {
     "mix_post_pre": ("streams", *COMBINE, *WEIGHTS),
     "single_pass_pre": ("streams", *GIVEN, *WEIGHTS),
     "single_pass_post_pre": ("streams", *COMBINE, *GIVEN, *WEIGHTS),
+    "sub_layer": ("streams", "output", *WEIGHTS),
+    "single_pass_sub_layer": ("streams", "output", *GIVEN, *WEIGHTS),
 }
+MAPPED = ("normed", "pre", "post", "res")
 OUTPUTS = {
-    name: ("mixed",) * (name != "mix_pre" and name != "single_pass_pre")
-    + ("normed", "pre", "post", "res") * (name != "mix_post")
-    for name in ARGUMENTS
+    "mix_post": ("mixed",),
+    "mix_pre": MAPPED,
+    "mix_post_pre": ("mixed", *MAPPED),
+    "single_pass_pre": MAPPED,
+    "single_pass_post_pre": ("mixed", *MAPPED),
+    "sub_layer": ("normed", "mixed"),
+    "single_pass_sub_layer": ("normed", "mixed", "pre"),
 }
 TOKENS = 67  # which fill no block
 LARGEST_ERROR = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -70,6 +78,8 @@ def fused(name: str, settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
         "mix_post_pre": mix_post_pre,
         "single_pass_pre": single_pass_pre,
         "single_pass_post_pre": single_pass_post_pre,
+        "sub_layer": sub_layer,
+        "single_pass_sub_layer": single_pass_sub_layer,
     }[name]
     return lambda *inputs: run(*inputs[:-4], Weights(*inputs[-4:]), settings)
 
@@ -78,20 +88,22 @@ def reference(name: str, settings: Settings, rounded: torch.dtype | None = None)
     """The same by the functions of `rlm_mhc.fn`, the combined streams being rounded to a dtype."""
     preset = next(key for key, row in PRESETS.items() if row.eps == settings.sinkhorn_eps)
 
+    def stored(mixed: Tensor) -> Tensor:
+        return mixed if rounded is None else mixed.to(rounded).to(mixed.dtype)
+
     def run(streams: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(ARGUMENTS[name][1:], rest, strict=True))
-        outputs: tuple[Tensor, ...] = ()
-        if "output" in named:
-            streams = mhc_combine(streams, *(named[key] for key in COMBINE))
-            if rounded is not None:
-                streams = streams.to(rounded).to(streams.dtype)
-            outputs = (streams,)
-        if "phi" not in named:
-            return outputs
-        params = MHCParams(named["phi"], named["alpha"], named["bias"])
-        mapped = mhc_mappings(params, streams, num_iters=settings.num_iters, eps=settings.eps, preset=preset)
-        u = mhc_aggregate(streams, named.get("given", mapped.pre))
-        return *outputs, rms_norm(u, named["weight"], settings.eps), *mapped
+        found: dict[str, Tensor] = {}
+        if "post" in named:
+            streams = found["mixed"] = stored(mhc_combine(streams, *(named[key] for key in COMBINE)))
+        if "phi" in named:
+            params = MHCParams(named["phi"], named["alpha"], named["bias"])
+            mapped = mhc_mappings(params, streams, num_iters=settings.num_iters, eps=settings.eps, preset=preset)
+            u = mhc_aggregate(streams, named.get("given", mapped.pre))
+            found |= mapped._asdict() | {"normed": rms_norm(u, named["weight"], settings.eps)}
+        if "mixed" not in found and "output" in named:
+            found["mixed"] = stored(mhc_combine(streams, named["output"], found["post"], found["res"]))
+        return tuple(found[key] for key in OUTPUTS[name])
 
     return run
 

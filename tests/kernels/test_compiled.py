@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlm_mhc.kernels.mix_pre import Settings
-from rlm_mhc.kernels.selftest import ARGUMENTS, draw_inputs, fused
+from rlm_mhc.kernels.selftest import ARGUMENTS, WEIGHTS, draw_inputs, fused
 
 TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 # In a process of its own: in this one the kernels are for the interpreter.
@@ -81,10 +81,10 @@ def test_gpu_another_number_of_tokens_compiles_nothing(name):
     def compiled():
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
-    def run(tokens):
-        outputs, pull = torch.func.vjp(
-            fused(name, Settings(3, 1e-6, 0.0)), *draw_inputs(name, 4, 64, tokens, torch.bfloat16, "cuda").values()
-        )
+    def run(tokens, first=0):
+        drawn = draw_inputs(name, 3, 64, first + tokens, torch.bfloat16, "cuda")
+        inputs = (x if key in WEIGHTS else x[first:] for key, x in drawn.items())
+        outputs, pull = torch.func.vjp(fused(name, Settings(3, 1e-6, 0.0)), *inputs)
         pull(outputs)
 
     run(7)
@@ -92,4 +92,5 @@ def test_gpu_another_number_of_tokens_compiles_nothing(name):
     assert before > 0
     for tokens in (1, 2, 16, 63, 64, 1000, 4096):
         run(tokens)
+    run(7, first=1)  # which begins off 16 bytes
     assert compiled() == before

@@ -5,11 +5,13 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.kernels import selftest
+from rlm_mhc.kernels.launch import aligned
 from rlm_mhc.kernels.mix_post import mix_post
-from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre, mix_pre_backward
+from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre, mix_pre_backward, tiling
 from rlm_mhc.kernels.mix_pre.op import mix_pre as raw_mix_pre
 from rlm_mhc.kernels.selftest import ARGUMENTS, OUTPUTS, draw_inputs, errors, fused, reference
 from rlm_mhc.testing import small_config
+from rlm_mhc.variants import PRESETS
 
 PLAIN, SHIFTED = Settings(3, 1e-6, 0.0), Settings(3, 1e-6, 1e-6)
 ALL = pytest.mark.parametrize("name", ARGUMENTS)
@@ -40,6 +42,7 @@ def check(name, inputs, settings=PLAIN):
         (4, 80, 1000, torch.bfloat16),
         (1, 16, 63, torch.float32),
         (9, 48, 7, torch.float32),
+        (3, 272, 9, torch.float32),
     ],
 )
 def test_outputs_and_every_gradient(name, n, c, tokens, dtype, device):
@@ -57,10 +60,40 @@ def test_any_number_of_iterations(settings, device):
     check("mix_pre", draw_inputs("mix_pre", 4, 48, 9, torch.float32, device), settings)
 
 
+@pytest.mark.parametrize("n", [4, 5])
+@pytest.mark.parametrize("name", ["mix_pre", "sub_layer"])
+def test_programs_that_take_turns_with_many_tokens(name, n, device, monkeypatch):
+    from rlm_mhc.kernels.mix_pre import triton_backward
+
+    monkeypatch.setattr(tiling, "PROGRAMS", 8)
+    monkeypatch.setattr(triton_backward, "NORM_PROGRAMS", 3)
+    monkeypatch.setattr(triton_backward, "MAPPING_PROGRAMS", 3)
+    check(name, draw_inputs(name, n, 80, 1000, torch.float32, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [4, 5])
+def test_gpu_tens_of_thousands_of_tokens(n):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    check("sub_layer", draw_inputs("sub_layer", n, 80, 40000, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.parametrize("settings", [Settings(3, 1e-2, 0.0), Settings(3, 1e-2, 1e-2)])
+def test_what_is_added_to_squares_and_sums(settings, device, monkeypatch):
+    preset = "deepseek_v4" if settings.sinkhorn_eps else "paper"
+    monkeypatch.setitem(PRESETS, preset, PRESETS[preset]._replace(eps=settings.sinkhorn_eps))
+    inputs = draw_inputs("mix_pre", 4, 48, 40, torch.float32, device)
+    inputs["streams"] *= torch.logspace(-3, 0, 40, device=device)[:, None, None]
+    inputs["streams"][::7] = 0
+    check("mix_pre", inputs, settings)
+
+
 @pytest.fixture
 def nan_filled():
     """Every tensor that is made without values holds NaN."""
-    torch.use_deterministic_algorithms(True)
+    # On some versions a product on CUDA is an error in this mode, for what its library does unless told otherwise.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
     yield
@@ -93,6 +126,14 @@ def test_inputs_of_any_strides_and_batch_axes(name, device):
     torch.testing.assert_close(gradients[0].flatten(0, 1), gradients[1], rtol=0, atol=0)
 
 
+def test_what_begins_off_16_bytes_is_copied():
+    buffer = torch.arange(9.0)
+    assert aligned(buffer) is buffer
+    off = aligned(buffer[1:])
+    assert off.data_ptr() % 16 == 0
+    assert torch.equal(off, buffer[1:])
+
+
 @pytest.mark.parametrize("size", [60.0, 1e3, 3e4])
 @pytest.mark.parametrize("settings", [Settings(20, 1e-6, 0.0), Settings(20, 1e-6, 1e-6)])
 def test_extreme_logits_are_finite_and_right(size, settings, device):
@@ -103,6 +144,21 @@ def test_extreme_logits_are_finite_and_right(size, settings, device):
     inputs["phi"][:, 2 * n :] = 0
     found = errors("mix_pre", inputs, settings)
     assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_compiled_backward_is_finite_for_extreme_logits(device):
+    inputs = draw_inputs("mix_pre", 4, 48, 40, torch.float32, device)
+    inputs["bias"] = inputs["bias"].sign() * 60
+
+    def gradients(*values):
+        outputs, pull = torch.func.vjp(fused("mix_pre", Settings(20, 1e-6, 0.0)), *values)
+        return pull(tuple(torch.ones_like(x) for x in outputs))
+
+    compiled = torch.compile(gradients, fullgraph=True)(*inputs.values())
+    for actual, expected in zip(compiled, gradients(*inputs.values()), strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -226,6 +282,7 @@ BAD = {
     "17 streams": lambda d: d | {"streams": d["streams"].repeat(1, 6, 1)[:, :17]},
     "width 24": lambda d: d | {"streams": d["streams"][..., :24]},
     "phi of another size": lambda d: d | {"phi": d["phi"][1:]},
+    "phi on another device": lambda d: d | {"phi": d["phi"].to("meta")},
     "bias in bf16": lambda d: d | {"bias": d["bias"].bfloat16()},
     "weight in another half precision": lambda d: d | {"weight": d["weight"].half()},
 }

@@ -33,7 +33,7 @@ def mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tens
 def mix_post_reduce(streams: Tensor, output: Tensor, post: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cotangents of output, post and res, from that of the combined streams; errors as `mix_post`."""
     _check(streams, output, post, None)
-    require_shape("cotangent", cotangent, tuple(streams.shape), streams.dtype)
+    require_shape("cotangent", cotangent, streams.device, tuple(streams.shape), streams.dtype)
     return torch.ops.rlm_mhc.mix_post_reduce(streams, output, post, cotangent)
 
 
@@ -42,17 +42,17 @@ def mix_post_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cotangents of streams, output, post and res; errors as `mix_post`."""
     _check(streams, output, post, res)
-    require_shape("cotangent", cotangent, tuple(streams.shape), streams.dtype)
+    require_shape("cotangent", cotangent, streams.device, tuple(streams.shape), streams.dtype)
     return torch.ops.rlm_mhc.mix_post_backward(streams, output, post, res, cotangent)
 
 
 def _check(streams: Tensor, output: Tensor, post: Tensor, res: Tensor | None) -> None:
     require_streams(streams)
     *b, n, c = streams.shape
-    require_shape("output", output, (*b, c), streams.dtype)
-    require_shape("post", post, (*b, n), torch.float32)
+    require_shape("output", output, streams.device, (*b, c), streams.dtype)
+    require_shape("post", post, streams.device, (*b, n), torch.float32)
     if res is not None:
-        require_shape("res", res, (*b, n, n), torch.float32)
+        require_shape("res", res, streams.device, (*b, n, n), torch.float32)
 
 
 def _mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def reduce_kernel(
 
 def tile(n: int, c: int) -> tuple[int, int]:
     """Tokens and columns of a tile that holds all `n` streams of each."""
-    columns = min(power_of_two(c), 1024 if interpreted() else 128)
+    columns = min(power_of_two(c), 128)
     return max(1, (65536 if interpreted() else 8192) // (columns * power_of_two(n))), columns
 
 

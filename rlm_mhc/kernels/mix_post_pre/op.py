@@ -58,9 +58,9 @@ def check_combined(
     """Refuse what the kernels would misread."""
     check(streams, weights, settings)
     *b, n, c = streams.shape
-    require_shape("output", output, (*b, c), streams.dtype)
-    require_shape("post", post, (*b, n), FP32)
-    require_shape("res", res, (*b, n, n), FP32)
+    require_shape("output", output, streams.device, (*b, c), streams.dtype)
+    require_shape("post", post, streams.device, (*b, n), FP32)
+    require_shape("res", res, streams.device, (*b, n, n), FP32)
 
 
 def _mix_post_pre(streams: Tensor, output: Tensor, post: Tensor, res: Tensor, *rest: Any) -> tuple[Tensor, ...]:

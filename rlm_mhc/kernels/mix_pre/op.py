@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import MOST_ITERATIONS, flat, require_shape, require_streams, require_triton
+from rlm_mhc.kernels.launch import MOST_ITERATIONS, aligned, flat, require_shape, require_streams, require_triton
 
 FP32 = torch.float32
 _library = torch.library.Library("rlm_mhc", "FRAGMENT")
@@ -95,8 +95,8 @@ def check(streams: Tensor, weights: Weights, settings: Settings) -> None:
     n, c = streams.shape[-2:]
     raw = 2 * n + n * n
     for name, size in (("phi", (n * c, raw)), ("alpha", (3,)), ("bias", (raw,))):
-        require_shape(name, getattr(weights, name), size, FP32)
-    require_shape("weight", weights.weight, (c,), streams.dtype, FP32)
+        require_shape(name, getattr(weights, name), streams.device, size, FP32)
+    require_shape("weight", weights.weight, streams.device, (c,), streams.dtype, FP32)
     if not 1 <= settings.num_iters <= MOST_ITERATIONS:
         raise ValueError(f"num_iters={settings.num_iters}: the Triton kernels take 1 to {MOST_ITERATIONS} iterations")
     if settings.eps < 0 or settings.sinkhorn_eps < 0:
@@ -114,11 +114,12 @@ def check_cotangents(
     shapes = ((*b, c), (*b, n), (*b, n), (*b, n, n))
     for name, x, shape in zip(("normed", "pre", "post", "res"), cotangents, shapes, strict=True):
         if x is not None:
-            require_shape(f"cotangent of {name}", x, shape, streams.dtype if name == "normed" else FP32)
+            dtype = streams.dtype if name == "normed" else FP32
+            require_shape(f"cotangent of {name}", x, streams.device, shape, dtype)
     if more is not None:
-        require_shape("more", more, tuple(streams.shape), streams.dtype)
+        require_shape("more", more, streams.device, tuple(streams.shape), streams.dtype)
     if res is not None:
-        require_shape("res", res, (*b, n, n), FP32)
+        require_shape("res", res, streams.device, (*b, n, n), FP32)
 
 
 def run_forward(forward: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], rest: Any) -> tuple[Any, ...]:
@@ -128,7 +129,7 @@ def run_forward(forward: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tenso
     """
     streams, b = tensors[0], tensors[0].shape[:-2]
     own = (flat(x, x.dim() - len(b)) for x in tensors)
-    mixed, *outputs = forward(*own, *(w.contiguous() for w in rest[:4]), *rest[4:])
+    mixed, *outputs = forward(*own, *(aligned(w) for w in rest[:4]), *rest[4:])
     return mixed.view(streams.shape), *(x.view(*b, *x.shape[1:]) for x in outputs)
 
 
@@ -153,7 +154,7 @@ def run_backward(
     own: Any = [None if g is None else flat(g, axes) for g, axes in parts]
     g_normed, g_pre, g_post, g_res = own
     x = flat(streams, 2)
-    phi, alpha, bias, weight = (w.contiguous() for w in weights)
+    phi, alpha, bias, weight = (aligned(w) for w in weights)
     if not len(x):
         g_given = (pre.new_zeros(streams.shape[:-1]),) if given else ()
         return streams.new_zeros(streams.shape), *g_given, *(w.new_zeros(w.shape) for w in weights)

@@ -43,7 +43,7 @@ _library.define(
 def single_pass_pre(streams: Tensor, given: Tensor, weights: Weights, settings: Settings) -> Mapped:
     """As `mix_pre`, the aggregate being by `given [*b, n]` in fp32; errors as there."""
     check(streams, weights, settings)
-    require_shape("given", given, tuple(streams.shape[:-1]), FP32)
+    require_shape("given", given, streams.device, tuple(streams.shape[:-1]), FP32)
     return Mapped(*torch.ops.rlm_mhc.single_pass_pre(streams, given, *weights, *settings))
 
 
@@ -72,7 +72,7 @@ def single_pass_post_pre(
 ) -> tuple[Tensor, Mapped]:
     """`mixed = mix_post(streams, output, post, res)`, and `single_pass_pre(mixed, given, …)`: one read, one write."""
     check_combined(streams, output, post, res, weights, settings)
-    require_shape("given", given, tuple(streams.shape[:-1]), FP32)
+    require_shape("given", given, streams.device, tuple(streams.shape[:-1]), FP32)
     mixed, *mapped = torch.ops.rlm_mhc.single_pass_post_pre(streams, output, post, res, given, *weights, *settings)
     return mixed, Mapped(*mapped)
 
