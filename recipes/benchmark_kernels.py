@@ -8,9 +8,7 @@ works, medians of interleaved rounds, and shares are of the copy bandwidth measu
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -27,8 +25,9 @@ from torch import Tensor
 
 from rlm_mhc.kernels.launch import interpreted, require_triton
 from rlm_mhc.kernels.mix_pre import Settings
-from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, GIVEN, WEIGHTS, draw, fused, reference
-from rlm_mhc.testing.kernel_peers import PEERS, Implementation, Op
+from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, GIVEN, draw, fused, reference
+from rlm_mhc.testing.kernel_peers import PEER_OPS, PEERS, Implementation, Op, as_op
+from rlm_mhc.testing.kernel_results import BEYOND_CACHES, merged, size_of, source_digest, table
 from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.validation import at_least, check, one_of, some_of
@@ -38,19 +37,16 @@ DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOKE = ((32,), (2,), (5,))
 TOKENS_TO_COMPARE = 512
 CALLS = 10  # of one timing
-BEYOND_CACHES = 10**8  # bytes: what a GPU's caches do not hold, and so many must move for a share of the bandwidth
-SUB_LAYER = "sub_layer"
-ARGUMENTS_OF = {**ARGUMENTS, SUB_LAYER: ("streams", "output", *WEIGHTS)}
 PER_TOKEN = ("streams", *COMBINE, *GIVEN)
+TESTS = ("tests/kernels", "tests/program/test_mixing.py")
 OURS, COMPILED = "ours", "compiled reference"
-SAME = ("device", "versions", "source", "dtype", "iterations", "smoke")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
     """What to measure."""
 
-    ops: tuple[str, ...] = some_of(*ARGUMENTS_OF)
+    ops: tuple[str, ...] = some_of(*ARGUMENTS)
     widths: tuple[int, ...] = some_of(768, 2048, 4096)
     streams: tuple[int, ...] = some_of(2, 4, 8)
     tokens: tuple[int, ...] = some_of(4096, 16384, 32768)
@@ -67,45 +63,23 @@ class KernelsConfig:
         check(self)
 
 
-def ours(name: str, settings: Settings) -> Op:
-    """The fused op of a name; of the sub-layer `mix_pre`, then `mix_post` of an output that is given."""
-    if name != SUB_LAYER:
-        return fused(name, settings)
-    return sub_layer_of(fused("mix_pre", settings), fused("mix_post", settings))
-
-
-def plain(name: str, settings: Settings) -> Op:
-    """The same by the functions of `rlm_mhc.fn`."""
-    if name != SUB_LAYER:
-        return reference(name, settings)
-    return sub_layer_of(reference("mix_pre", settings), reference("mix_post", settings))
-
-
-def sub_layer_of(pre: Op, post: Op) -> Op:
-    """`(normed, mixed)` of a sub-layer whose output does not depend on its input."""
-
-    def run(streams: Tensor, output: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        normed, _, own_post, res = pre(streams, *weights)
-        return normed, *post(streams, output, own_post, res)
-
-    return run
-
-
 def bytes_to_move(name: str, n: int, c: int, tokens: int, itemsize: int) -> tuple[int, int]:
-    """What forward and backward must read and write at least, all weights once; see the ops' READMEs."""
-    raw, given = 2 * n + n * n, 4 * n * tokens * name.startswith("single_pass")
-    mappings, phi = 4 * tokens * raw, 4 * n * c * raw
-    streams = c * itemsize * tokens
-    post = (2 * n + 1) * streams + mappings, (3 * n + 2) * streams + 2 * mappings
-    pre = (n + 1) * streams + mappings + phi, (2 * n + 1) * streams + 2 * mappings + 2 * phi
+    """What forward and backward must read and write at least, all weights once; see the ops' READMEs.
+
+    Those of a whole sub-layer count apart what is apart in a model, where the sub-layer itself runs in between.
+    """
+    streams, numbers = c * itemsize * tokens, 4 * tokens
+    given = n * numbers * name.startswith("single_pass")
+    of_combine, of_mappings, phi = (n + n * n) * numbers, (2 * n + n * n) * numbers, 4 * n * c * (2 * n + n * n)
+    post = (2 * n + 1) * streams + of_combine, (3 * n + 2) * streams + 2 * of_combine
+    pre = (n + 1) * streams + of_mappings + phi + given, (2 * n + 1) * streams + 2 * (of_mappings + phi + given)
     if name == "mix_post":
         return post
-    if name == SUB_LAYER:
+    if name.endswith("sub_layer"):
         return post[0] + pre[0], post[1] + pre[1]
-    if name.endswith("post_pre"):
-        both = (2 * n + 2) * streams + 2 * mappings + phi, (3 * n + 3) * streams + 4 * mappings + 2 * phi
-        return both[0] + given, both[1] + 2 * given
-    return pre[0] + given, pre[1] + 2 * given
+    if name.endswith("post_pre"):  # the combined streams and their cotangent stay on chip
+        return post[0] + pre[0] - n * streams, post[1] + pre[1] - 2 * n * streams
+    return pre
 
 
 def halves(
@@ -141,10 +115,10 @@ def error(op: Implementation, exact: Op, inputs: dict[str, Tensor]) -> float:
 def compiled(name: str, settings: Settings) -> Op:
     """The reference compiled for one width and number of streams and any number of tokens."""
     torch.compiler.reset()  # another width or number of streams is another compilation
-    run = torch.compile(plain(name, settings), fullgraph=True)
+    run = torch.compile(reference(name, settings), fullgraph=True)
 
     def with_any_tokens(*inputs: Tensor) -> tuple[Tensor, ...]:
-        for key, x in zip(ARGUMENTS_OF[name], inputs, strict=True):
+        for key, x in zip(ARGUMENTS[name], inputs, strict=True):
             if key in PER_TOKEN:
                 torch._dynamo.mark_dynamic(x, 0)
         return run(*inputs)
@@ -157,14 +131,17 @@ def candidates(
     name: str, n: int, c: int, settings: Settings, smoke: bool
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
     """Implementations by name of an op for one number of streams and width, and why others are left out."""
-    found, left_out = {OURS: Implementation(ours(name, settings))}, {}
+    found, left_out = {OURS: Implementation(fused(name, settings))}, {}
     if not smoke:
         found[COMPILED] = Implementation(compiled(name, settings))
-    for peer, make in PEERS.items() if name == SUB_LAYER else ():
-        try:
-            found[peer] = make(settings)
-        except ImportError as reason:
-            left_out[peer] = f"not installed ({reason})"
+    for peer, make in PEERS.items():
+        if name in PEER_OPS[peer]:
+            try:
+                found[peer] = as_op(name, make(settings))
+            except ImportError as reason:
+                left_out[peer] = f"not installed ({reason})"
+            except Exception as reason:  # an installation may be broken in any way, and the rest goes on
+                left_out[peer] = in_short(reason)
     return found, left_out
 
 
@@ -173,7 +150,7 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     """One op at one size, all implementations in turn, round by round."""
     settings, dtype = Settings(run.iterations, 1e-6, 0.0), DTYPE[run.dtype]
     drawn = draw(n, c, tokens, dtype, torch.Generator(device).manual_seed(0))
-    inputs = {key: drawn.pop(key) for key in ARGUMENTS_OF[name]}
+    inputs = {key: drawn.pop(key) for key in ARGUMENTS[name]}
     few = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
     calls = 1 if run.smoke else CALLS
     found, missing = candidates(name, n, c, settings, run.smoke)
@@ -181,7 +158,7 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     ready, errors = {}, {}
     for who, op in found.items():
         try:
-            errors[who] = error(op, plain(name, settings), few)
+            errors[who] = error(op, reference(name, settings), few)
             both = halves(op, inputs, calls)
             for half in both:
                 half()
@@ -189,7 +166,7 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
         except Exception as reason:  # a peer may refuse a size in any way, and the rest goes on
             if who == OURS:
                 raise
-            left_out[who] = f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
+            left_out[who] = in_short(reason)
     times: dict[str, list[list[float]]] = {who: [[], []] for who in ready}
     for _ in range(run.rounds):
         for who, both in ready.items():
@@ -209,11 +186,16 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     return {**sizes, "forward_bytes": must_move[0], "backward_bytes": must_move[1], "rows": rows, "left_out": left_out}
 
 
+def in_short(reason: Exception) -> str:
+    """An error in a line."""
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
+
+
 def run_tests() -> dict[str, int]:
     """The tests of the kernels on this GPU: how many passed, failed and were skipped."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        arguments = ["-m", "gpu", "-q", "tests/kernels", "tests/train/test_kernels.py", f"--junitxml={report}"]
+        arguments = ["-m", "gpu", "-q", *TESTS, f"--junitxml={report}"]
         subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
         suites = ElementTree.parse(report).getroot().iter("testsuite")
         counts = [
@@ -222,49 +204,6 @@ def run_tests() -> dict[str, int]:
     total = {key: sum(count[key] for count in counts) for key in counts[0]}
     failed = total["failures"] + total["errors"]
     return {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for people."""
-
-    def share(moved: int, milliseconds: float, copied: float) -> str:
-        return f"{moved / (1e6 * milliseconds * copied):.1%}" if moved >= BEYOND_CACHES else "-"
-
-    lines = [f"{result['device']}, {result['dtype']}, {result['date']}"]
-    head = ("fwd ms", "of copy", "bwd ms", "of copy", "error", "ours is")
-    lines.append(f"{'op':<22}{'n':>3}{'c':>6}{'tokens':>8}  {'':<20}" + "".join(f"{word:>9}" for word in head))
-    for m in result["sizes"]:
-        for who, r in m["rows"].items():
-            shares = [share(m[f"{x}_bytes"], r[f"{x}_ms"], m["copy_gb_per_s"]) for x in ("forward", "backward")]
-            lines.append(
-                f"{m['op']:<22}{m['n']:>3}{m['c']:>6}{m['tokens']:>8}  {who:<20}"
-                f"{r['forward_ms']:>9.3f}{shares[0]:>9}{r['backward_ms']:>9.3f}{shares[1]:>9}"
-                f"{r['error']:>9.0e}{r['ours_faster']:>8.2f}×"
-            )
-    reasons = {f"{who}: {why}" for m in result["sizes"] for who, why in m["left_out"].items()}
-    return "\n".join([*lines, *(f"left out {reason}" for reason in sorted(reasons))])
-
-
-def source_digest() -> str:
-    """Of the kernels' source: what was measured or tested of other source says nothing of this one."""
-    files = sorted((ROOT / "rlm_mhc" / "kernels").rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def merged(result: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A result with the tests and sizes that a file has of the same source, device, versions and settings."""
-    if not file.is_file():
-        return result
-    earlier = json.loads(file.read_text(encoding="utf-8"))
-    if differing := [key for key in SAME if earlier.get(key) != result[key]]:
-        print(f"{file} is of another {' and '.join(differing)}: it is replaced", file=sys.stderr)
-        return result
-    return result | {"tests": result["tests"] or earlier["tests"], "sizes": earlier["sizes"]}
-
-
-def size_of(measured: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells one measurement from another."""
-    return tuple(measured[key] for key in ("op", "n", "c", "tokens"))
 
 
 def main(run: KernelsConfig) -> int:

@@ -3,6 +3,6 @@
 PROVEN: dict[tuple[int, int], str] = {}
 """Compute capability of a GPU to the file under `recipes/results/` that records their tests passing on one.
 
-`python recipes/benchmark.py kernels` writes such files; a test holds this table to them. It is empty: they have not
-run on a GPU yet.
+`python recipes/benchmark.py kernels` writes such files; a test holds this table to those of this source. It is empty:
+they have not run on a GPU yet.
 """

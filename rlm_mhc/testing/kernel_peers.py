@@ -1,5 +1,6 @@
 """The mixing of a sub-layer by libraries that are not ours, each told the same problem in its own convention."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,21 @@ class Implementation(NamedTuple):
     arrange: Op = lambda *inputs: inputs
 
 
+class Peer(NamedTuple):
+    """A library's two halves of a sub-layer's mixing, on what is laid out as it wants it.
+
+    `streams(streams)` and `weights(n, phi, alpha, bias, weight)` lay out; `pre(x, *weights)` gives `(normed, pre, post,
+    res)` as ours are, `pre` None where the library does not tell it; `post(x, output, post, res)` the mixed streams as
+    ours are. Where `turned`, the library reads `res` transposed.
+    """
+
+    streams: Callable[[Tensor], Tensor]
+    weights: Callable[..., tuple[Tensor, ...]]
+    pre: Op
+    post: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    turned: bool
+
+
 def rows_first(phi: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """`phi` and `bias` of the transposed matrix: others normalise rows first, so theirs is the transpose of ours."""
 
@@ -28,74 +44,116 @@ def rows_first(phi: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return turned(phi), turned(bias)
 
 
-def liger(settings: Settings) -> Implementation:
+def liger(settings: Settings) -> Peer:
     """Liger-Kernel's three functions, with PyTorch's RMS norm of what the sub-layer reads."""
     from liger_kernel.transformers import functional as theirs
 
-    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        return streams[None], output[None], *rows_first(phi, bias, streams.shape[-2]), *alpha.unbind(), weight
+    def weights(n: int, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        return *rows_first(phi, bias, n), *alpha.unbind(), weight
 
-    def run(streams: Tensor, output: Tensor, phi: Tensor, bias: Tensor, *rest: Tensor) -> Any:
+    def pre(x: Tensor, phi: Tensor, bias: Tensor, *rest: Tensor) -> Any:
         *alpha, weight = rest
         how = dict(tmax=settings.num_iters, rms_eps=settings.eps, sinkhorn_eps=settings.sinkhorn_eps)
-        how |= dict(allow_fp32=streams.dtype == torch.float32)
-        pre, post, res = theirs.liger_mhc_coeffs(streams, phi, bias, *alpha, **how)
-        u = theirs.liger_mhc_pre(streams, pre)[0].to(streams.dtype)
-        normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
-        return normed, theirs.liger_mhc_post_res(streams, output, post, res.mT)[0]
+        how |= dict(allow_fp32=x.dtype == torch.float32)
+        pre, post, res = theirs.liger_mhc_coeffs(x, phi, bias, *alpha, **how)
+        u = theirs.liger_mhc_pre(x, pre)[0].to(x.dtype)
+        return F.rms_norm(u, u.shape[-1:], weight, settings.eps), pre[0], post[0], res[0].mT
 
-    return Implementation(run, arrange)
+    def post(x: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        return theirs.liger_mhc_post_res(x, output[None], post[None], res[None])[0]
+
+    return Peer(lambda streams: streams[None], weights, pre, post, turned=False)
 
 
-def transformer_engine(settings: Settings) -> Implementation:
+def transformer_engine(settings: Settings) -> Peer:
     """TransformerEngine's five functions (4 streams, which are its innermost axis), with PyTorch's RMS norm.
 
-    The buffer is how it adds up the gradient of the streams without autograd.
+    Where its version takes a buffer to add up the gradient of the streams in without autograd, it gets one.
     """
     from transformer_engine.pytorch.triton import mhc as theirs
 
-    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        _, n, c = streams.shape
-        phi, bias = rows_first(phi, bias, n)
-        phi = phi.view(n, c, -1).permute(2, 1, 0).flatten(1)
-        return streams.mT.contiguous()[None], output[None], phi, alpha, bias[None], weight
+    buffered = "fused_grad_x_acc_buffer" in inspect.signature(theirs.mhc_fused_projection).parameters
 
-    def run(x: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+    def how(x: Tensor) -> dict[str, Any]:
+        options: dict[str, Any] = dict(use_tf32=x.dtype != torch.float32)
+        if buffered:
+            options["fused_grad_x_acc_buffer"] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        return options
+
+    def streams(streams: Tensor) -> Tensor:
+        return streams.mT.contiguous()[None]
+
+    def weights(n: int, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        phi, bias = rows_first(phi, bias, n)
+        return phi.unflatten(0, (n, -1)).permute(2, 1, 0).flatten(1), alpha, bias[None], weight
+
+    def pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
         _, tokens, c, n = x.shape
-        buffer = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        how = dict(use_tf32=x.dtype != torch.float32, fused_grad_x_acc_buffer=buffer)
-        raw, mean_square = theirs.mhc_fused_projection(x.view(tokens, c * n), phi, **how)
+        options = how(x)
+        raw, mean_square = theirs.mhc_fused_projection(x.view(tokens, c * n), phi, **options)
         pre, post, res = theirs.mhc_fused_scale(raw, alpha, bias, mean_square, n)
         res = theirs.mhc_fused_sinkhorn(res.view(1, tokens, n, n), n, iters=settings.num_iters)
-        u = theirs.mhc_fused_aggregate(x, pre.view(1, tokens, n), n, **how)[0]
+        u = theirs.mhc_fused_aggregate(x, pre.view(1, tokens, n), n, **options)[0]
         normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
-        mixed = theirs.mhc_fused_expand_combine(output, None, post.view(1, tokens, n), x, res, n, **how)
-        return normed, mixed[0].mT
+        return normed, pre.view(tokens, n), post.view(tokens, n), res[0].mT
 
-    return Implementation(run, arrange)
+    def post(x: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        mixed = theirs.mhc_fused_expand_combine(output[None], None, post[None], x, res.mT[None], x.shape[-1], **how(x))
+        return mixed[0].mT
+
+    return Peer(streams, weights, pre, post, turned=True)
 
 
-def tile_kernels(settings: Settings) -> Implementation:
+def tile_kernels(settings: Settings) -> Peer:
     """TileKernels' two functions (4 streams in bf16), with PyTorch's RMS norm of what the sub-layer reads."""
     from tile_kernels.modeling.mhc.functional import mhc_pre
     from tile_kernels.modeling.mhc.ops.post import mhc_post
 
-    def arrange(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
-        phi, bias = rows_first(phi, bias, streams.shape[-2])
-        return streams[None], output[None], phi.mT.contiguous(), alpha, bias, weight
+    def weights(n: int, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+        phi, bias = rows_first(phi, bias, n)
+        return phi.mT.contiguous(), alpha, bias, weight
 
-    def run(streams: Tensor, output: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+    def pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
         how = dict(norm_eps=settings.eps, pre_eps=0.0, sinkhorn_eps=settings.sinkhorn_eps)
-        how |= dict(mhc_mult=streams.shape[-2], post_mult_value=2.0, sinkhorn_repeat=settings.num_iters)
-        u, (post, res) = mhc_pre(streams, phi, alpha, bias, **how)
-        normed = F.rms_norm(u[0], u.shape[-1:], weight, settings.eps)
-        return normed, mhc_post(output, streams, post, res)[0]
+        how |= dict(mhc_mult=x.shape[-2], post_mult_value=2.0, sinkhorn_repeat=settings.num_iters)
+        u, (post, res) = mhc_pre(x, phi, alpha, bias, **how)
+        return F.rms_norm(u[0], u.shape[-1:], weight, settings.eps), None, post[0, ..., 0], res[0].mT
 
-    return Implementation(run, arrange)
+    def post(x: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        return mhc_post(output[None], x, post[None, ..., None], res.mT[None])[0]
+
+    return Peer(lambda streams: streams[None], weights, pre, post, turned=True)
 
 
-PEERS: dict[str, Callable[[Settings], Implementation]] = {
+PEERS: dict[str, Callable[[Settings], Peer]] = {
     "Liger-Kernel": liger,
     "TransformerEngine": transformer_engine,
     "TileKernels": tile_kernels,
 }
+PEER_OPS = {peer: ("mix_pre", "mix_post", "sub_layer") for peer in PEERS} | {"TileKernels": ("mix_post", "sub_layer")}
+"""The ops of ours that a peer has; TileKernels does not tell `pre`, and so gives it no gradient."""
+
+
+def as_op(name: str, peer: Peer) -> Implementation:
+    """A peer as one of `PEER_OPS`, with the arguments and outputs of ours."""
+
+    def arrange_pre(streams: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return peer.streams(streams), *peer.weights(streams.shape[-2], *weights)
+
+    def arrange_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> tuple[Tensor, ...]:
+        # What is transposed when it is run is contiguous then.
+        return peer.streams(streams), output, post, res.mT.contiguous().mT if peer.turned else res
+
+    def arrange(streams: Tensor, output: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        x, *own = arrange_pre(streams, *weights)
+        return x, output, *own
+
+    def sub_layer(x: Tensor, output: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        normed, _, post, res = peer.pre(x, *weights)
+        return normed, peer.post(x, output, post, res)
+
+    if name == "mix_pre":
+        return Implementation(peer.pre, arrange_pre)
+    if name == "mix_post":
+        return Implementation(lambda *inputs: (peer.post(*inputs),), arrange_post)
+    return Implementation(sub_layer, arrange)

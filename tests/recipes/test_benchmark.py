@@ -10,6 +10,7 @@ import torch
 from rlm_mhc import fn
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, draw_inputs
+from rlm_mhc.testing import kernel_peers
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -78,7 +79,7 @@ def test_the_kernels_are_run_through_in_the_interpreter(recipe, tmp_path):
     written = json.loads((tmp_path / "kernels_cpu_smoke_fp32.json").read_text())
     assert written["smoke"]
     assert not written["tests_passed"]
-    assert {size["op"] for size in written["sizes"] if "ours" in size["rows"]} == {*ARGUMENTS, "sub_layer"}
+    assert {size["op"] for size in written["sizes"] if "ours" in size["rows"]} == {*ARGUMENTS}
     assert recipe("benchmark_kernels", *arguments, "ops=[mix_post]").code == 0
     again = json.loads((tmp_path / "kernels_cpu_smoke_fp32.json").read_text())
     assert [size["op"] for size in again["sizes"]] == [*(size["op"] for size in written["sizes"][1:]), "mix_post"]
@@ -100,34 +101,30 @@ def test_the_compiled_reference_is_measured_beside_them_and_compiled_once_for_al
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_part_is_added_to_what_was_measured_of_the_same_kernels(tmp_path):
-    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
-    file = tmp_path / "result.json"
-    earlier = dict.fromkeys(names["SAME"], 1) | {"tests": {"passed": 3}, "sizes": ["a"]}
-    file.write_text(json.dumps(earlier))
-    later = dict.fromkeys(names["SAME"], 1) | {"tests": {}, "sizes": []}
-    assert names["merged"](later, file) == earlier
-    assert names["merged"](later | {"tests": {"passed": 4}}, file)["tests"] == {"passed": 4}
-    for key in names["SAME"]:
-        assert names["merged"](later | {key: 2}, file) == later | {key: 2}
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
 def test_a_peer_that_fails_late_is_left_out_and_the_rest_is_measured(monkeypatch):
     pytest.importorskip("triton")
     names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
-    plain = names["plain"]("sub_layer", Settings(2, 1e-6, 0.0))
+    plain = names["reference"]("sub_layer", Settings(2, 1e-6, 0.0))
     calls = iter([1, 2])
 
     def twice(*inputs):
         next(calls)
         return plain(*inputs)
 
-    monkeypatch.setitem(names["main"].__globals__, "PEERS", {"peer": lambda _: names["Implementation"](twice)})
+    def broken(settings):
+        raise OSError("libcudnn.so.9: cannot open shared object file")
+
+    as_op = {"peer": names["Implementation"](twice)}.__getitem__
+    own = {"PEERS": {"peer": lambda _: "peer", "broken": broken}, "as_op": lambda name, peer: as_op(peer)}
+    own["PEER_OPS"] = dict.fromkeys(own["PEERS"], ("sub_layer",))
+    for name, value in own.items():
+        monkeypatch.setitem(names["main"].__globals__, name, value)
     run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1, smoke=True)
     measured = names["measure"](run, "sub_layer", 2, 32, 5, torch.device("cpu"))
     assert measured["rows"].keys() == {"ours"}
     assert measured["left_out"]["peer"].startswith("StopIteration")
+    assert measured["left_out"]["broken"].startswith("OSError: libcudnn")
 
 
 def test_tile_kernels_gets_the_same_problem(tile_kernels, monkeypatch):
@@ -150,19 +147,30 @@ def test_tile_kernels_gets_the_same_problem(tile_kernels, monkeypatch):
     ):
         monkeypatch.setitem(sys.modules, parent, SimpleNamespace())
     names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
-    settings, arguments = Settings(20, 1e-6, 0.0), names["ARGUMENTS_OF"]["sub_layer"]
-    drawn = draw_inputs("mix_post_pre", 4, 32, 7, torch.bfloat16)
-    exact = names["plain"]("sub_layer", settings)
-    error = names["error"](names["PEERS"]["TileKernels"](settings), exact, {key: drawn[key] for key in arguments})
-    assert error < 2e-2  # their references round to bf16
+    settings = Settings(20, 1e-6, 0.0)
+    peer = kernel_peers.tile_kernels(settings)
+    for name in kernel_peers.PEER_OPS["TileKernels"]:
+        drawn = draw_inputs(name, 4, 32, 7, torch.bfloat16)
+        error = names["error"](kernel_peers.as_op(name, peer), names["reference"](name, settings), drawn)
+        assert error < 2e-2  # their references round to bf16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
+@pytest.mark.parametrize("name", kernel_peers.PEER_OPS["Liger-Kernel"])
+def test_liger_kernel_gets_the_same_problem(name):
+    pytest.importorskip("liger_kernel")
+    names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
+    settings = Settings(3, 1e-6, 0.0)
+    op = kernel_peers.as_op(name, kernel_peers.liger(settings))
+    assert names["error"](op, names["reference"](name, settings), draw_inputs(name, 4, 32, 7, torch.float32)) < 2e-5
 
 
 def test_the_bytes_of_an_op_are_those_of_its_readme():
     names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
-    n, c, tokens, size, raw = 4, 64, 10, 2, 24
+    n, c, tokens, size, numbers = 4, 64, 10, 2, 20
     forward, backward = names["bytes_to_move"]("mix_post", n, c, tokens, size)
-    assert forward == tokens * ((2 * n + 1) * c * size + 4 * raw)
-    assert backward == tokens * ((3 * n + 2) * c * size + 8 * raw)
+    assert forward == tokens * ((2 * n + 1) * c * size + 4 * numbers)
+    assert backward == tokens * ((3 * n + 2) * c * size + 8 * numbers)
 
 
 def test_kernels_are_not_measured_without_a_gpu(recipe):

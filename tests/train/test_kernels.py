@@ -11,6 +11,7 @@ from rlm_mhc.kernels import selftest
 from rlm_mhc.kernels.mixing import MIXING
 from rlm_mhc.kernels.proven import PROVEN
 from rlm_mhc.testing import small_config
+from rlm_mhc.testing.kernel_results import source_digest
 from rlm_mhc.train.kernels import pick_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -99,9 +100,38 @@ def test_triton_by_name_in_the_interpreter_passes_its_self_test():
 
 
 def test_what_is_called_proven_is_what_committed_results_show():
-    shown = {}
-    for file in sorted(RESULTS.glob("kernels_*.json")):
-        result = json.loads(file.read_text())
-        if result["tests_passed"]:
-            shown[tuple(result["capability"])] = file.name
-    assert shown == PROVEN
+    assert not wrongly_proven(PROVEN, RESULTS)
+
+
+def wrongly_proven(proven, folder):
+    """Capabilities whose file does not show the tests of this very source passing, or for which another one fails."""
+    results = {file.name: json.loads(file.read_text()) for file in folder.glob("kernels_*.json")}
+    failed = {tuple(r["capability"]) for r in results.values() if r["capability"] and r["tests"].get("failed")}
+
+    def shown(capability, name):
+        result = results.get(name)
+        return (
+            result is not None
+            and result["tests_passed"]
+            and tuple(result["capability"]) == capability
+            and result["source"] == source_digest()
+        )
+
+    return [key for key, name in proven.items() if key in failed or not shown(key, name)]
+
+
+def test_a_result_proves_its_own_source_on_its_own_kind_of_gpu(tmp_path):
+    def write(name, **fields):
+        passed = {"capability": [9, 0], "tests_passed": True, "tests": {"failed": 0}, "source": source_digest()}
+        (tmp_path / name).write_text(json.dumps(passed | fields))
+
+    write("kernels_a.json")
+    assert not wrongly_proven({(9, 0): "kernels_a.json"}, tmp_path)
+    assert wrongly_proven({(8, 0): "kernels_a.json"}, tmp_path) == [(8, 0)]
+    assert wrongly_proven({(9, 0): "kernels_b.json"}, tmp_path) == [(9, 0)]
+    for fields in ({"source": "other"}, {"tests_passed": False}):
+        write("kernels_a.json", **fields)
+        assert wrongly_proven({(9, 0): "kernels_a.json"}, tmp_path) == [(9, 0)]
+    write("kernels_a.json")
+    write("kernels_b.json", tests_passed=False, tests={"failed": 1})
+    assert wrongly_proven({(9, 0): "kernels_a.json"}, tmp_path) == [(9, 0)]
