@@ -25,14 +25,16 @@ class Peer(NamedTuple):
 
     `streams(streams)` and `weights(n, phi, alpha, bias, weight)` lay out; `pre(x, *weights)` gives `(normed, pre, post,
     res)` as ours are, `pre` None where the library does not tell it; `post(x, output, post, res)` the mixed streams as
-    ours are. Where `turned`, the library reads `res` transposed.
+    ours are. Where `turned`, the library reads `res` transposed. `shared(x)` is what only both halves together may be
+    given, as a further argument.
     """
 
     streams: Callable[[Tensor], Tensor]
     weights: Callable[..., tuple[Tensor, ...]]
     pre: Op
-    post: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    post: Callable[..., Tensor]
     turned: bool
+    shared: Callable[[Tensor], dict[str, Any]] = lambda x: {}
 
 
 def rows_first(phi: Tensor, bias: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -68,17 +70,16 @@ def liger(settings: Settings) -> Peer:
 def transformer_engine(settings: Settings) -> Peer:
     """TransformerEngine's five functions (4 streams, which are its innermost axis), with PyTorch's RMS norm.
 
-    Where its version takes a buffer to add up the gradient of the streams in without autograd, it gets one.
+    Where its version takes a buffer in which both halves add up the gradient of the streams without autograd, they get
+    one; the second half is the first to write to it.
     """
     from transformer_engine.pytorch.triton import mhc as theirs
 
     buffered = "fused_grad_x_acc_buffer" in inspect.signature(theirs.mhc_fused_projection).parameters
 
-    def how(x: Tensor) -> dict[str, Any]:
-        options: dict[str, Any] = dict(use_tf32=x.dtype != torch.float32)
-        if buffered:
-            options["fused_grad_x_acc_buffer"] = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        return options
+    def shared(x: Tensor) -> dict[str, Any]:
+        buffer = torch.empty(x.shape, dtype=torch.float32, device=x.device) if buffered else None
+        return {} if buffer is None else {"fused_grad_x_acc_buffer": buffer}
 
     def streams(streams: Tensor) -> Tensor:
         return streams.mT.contiguous()[None]
@@ -87,9 +88,9 @@ def transformer_engine(settings: Settings) -> Peer:
         phi, bias = rows_first(phi, bias, n)
         return phi.unflatten(0, (n, -1)).permute(2, 1, 0).flatten(1), alpha, bias[None], weight
 
-    def pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor) -> Any:
+    def pre(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor, **shared: Any) -> Any:
         _, tokens, c, n = x.shape
-        options = how(x)
+        options = dict(use_tf32=x.dtype != torch.float32, **shared)
         raw, mean_square = theirs.mhc_fused_projection(x.view(tokens, c * n), phi, **options)
         pre, post, res = theirs.mhc_fused_scale(raw, alpha, bias, mean_square, n)
         res = theirs.mhc_fused_sinkhorn(res.view(1, tokens, n, n), n, iters=settings.num_iters)
@@ -97,11 +98,12 @@ def transformer_engine(settings: Settings) -> Peer:
         normed = F.rms_norm(u, u.shape[-1:], weight, settings.eps)
         return normed, pre.view(tokens, n), post.view(tokens, n), res[0].mT
 
-    def post(x: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
-        mixed = theirs.mhc_fused_expand_combine(output[None], None, post[None], x, res.mT[None], x.shape[-1], **how(x))
-        return mixed[0].mT
+    def post(x: Tensor, output: Tensor, post: Tensor, res: Tensor, **shared: Any) -> Tensor:
+        options = dict(use_tf32=x.dtype != torch.float32, **shared)
+        combine = theirs.mhc_fused_expand_combine
+        return combine(output[None], None, post[None], x, res.mT[None], x.shape[-1], **options)[0].mT
 
-    return Peer(streams, weights, pre, post, turned=True)
+    return Peer(streams, weights, pre, post, turned=True, shared=shared)
 
 
 def tile_kernels(settings: Settings) -> Peer:
@@ -149,8 +151,9 @@ def as_op(name: str, peer: Peer) -> Implementation:
         return x, output, *own
 
     def sub_layer(x: Tensor, output: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        normed, _, post, res = peer.pre(x, *weights)
-        return normed, peer.post(x, output, post, res)
+        shared = peer.shared(x)
+        normed, _, post, res = peer.pre(x, *weights, **shared)
+        return normed, peer.post(x, output, post, res, **shared)
 
     if name == "mix_pre":
         return Implementation(peer.pre, arrange_pre)

@@ -1,7 +1,7 @@
 """Triton kernels of the backward of `mix_pre`: through the norm, and through the mappings.
 
 What is summed over tokens is summed by a number of programs that depends on the shape alone, each over its own tokens
-in their order, and their sums are added in the programs' order: the same bits in every run.
+in their order, and their sums are added by `torch.sum`, whose order is fixed: the same bits in every run.
 """
 
 from typing import NamedTuple
@@ -15,8 +15,6 @@ from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two,
 from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn_backward
 
-Combined = tuple[Tensor, Tensor, Tensor]
-"""`(output, post, res)` by which `mix_post` combines the streams first."""
 NORM_PROGRAMS, MAPPING_PROGRAMS = 512, 1024  # some to each multiprocessor
 
 
