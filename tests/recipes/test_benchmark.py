@@ -95,7 +95,7 @@ def test_the_compiled_reference_is_measured_beside_them_and_compiled_once_for_al
     run = names["KernelsConfig"](dtype="fp32", iterations=2, rounds=1)
     torch._dynamo.utils.counters.clear()  # which other tests of this process have counted in
     for tokens in (5, 9):
-        measured = names["measure"](run, "mix_pre", 2, 32, tokens, torch.device("cpu"))
+        measured = names["measure"](run, "mix_post_pre", 2, 32, tokens, torch.device("cpu"))
         assert measured["rows"].keys() == {"ours", "compiled reference"}
         assert not measured["left_out"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
