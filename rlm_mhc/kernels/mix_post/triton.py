@@ -45,12 +45,6 @@ def mixed_stream(xs, entries, first: tl.constexpr, N: tl.constexpr):
     return total
 
 
-@triton.jit
-def combined_stream(xs, y, post, res, i: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
-    """`Σ_j res[i, j] · x[j] + post[i] · y`, rounded as it is stored."""
-    return (mixed_stream(xs, res, i * N, N) + post[i][:, None] * y).to(dtype)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     x_ptr,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlm_mhc.kernels.launch import blocks, interpreted, on_device, power_of_two, warps
-from rlm_mhc.kernels.mix_post.triton import combined_stream, load_entries, load_streams
+from rlm_mhc.kernels.mix_post.triton import load_entries, load_streams, mixed_stream
 from rlm_mhc.kernels.mix_pre.tiling import LEAST_COLUMNS, MOST_AT_ONCE
 from rlm_mhc.kernels.sinkhorn.triton import sinkhorn
 from rlm_mhc.kernels.tiles import dot_wide
@@ -80,7 +80,7 @@ def project_kernel(
         for i in tl.static_range(G):
             x = xs[i]
             if COMBINE:
-                x = combined_stream(xs, y, post, res, i, N, x_ptr.dtype.element_ty)
+                x = (mixed_stream(xs, res, i * N, N) + post[i][:, None] * y).to(x_ptr.dtype.element_ty)
                 tl.store(mixed_ptr + (t[:, None] * N + i) * C + cols[None, :], x, mask=live)
             h = dot_wide(x, load_phi(phi_ptr, (first + i) * C + cols, within, 0, M, MP), h)
             wide = x.to(tl.float32)
