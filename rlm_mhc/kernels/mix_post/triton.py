@@ -126,7 +126,7 @@ def reduce_kernel(
         g_y = mixed_stream(gs, load_entries(post_ptr, own, own_live, 0, 1, N, N), 0, N)
         tl.store(g_y_ptr + own[:, None] * C + cols[None, :], g_y.to(g_y_ptr.dtype.element_ty), mask=live)
         if SPREAD:
-            for j in tl.range(0, N, num_stages=1, loop_unroll_factor=N if N <= 8 else 1):
+            for j in tl.static_range(N):
                 column = load_entries(res_ptr, own, own_live, j, N, N, N * N)
                 g_x = mixed_stream(gs, column, 0, N)
                 g_x_at = g_x_ptr + (own[:, None] * N + j) * C + cols[None, :]

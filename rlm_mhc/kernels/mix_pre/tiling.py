@@ -17,8 +17,8 @@ def apply_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
     if n > MOST_AT_ONCE and dtype == torch.float32:
         return dict(BT=16, BC=32, MB=min(columns, 64), G=1, num_warps=8)
     if n > MOST_AT_ONCE:
-        most = 128 if dtype == torch.bfloat16 else 64
-        return dict(BT=32, BC=64, MB=min(columns, most), G=1, num_warps=4)
+        whole = dtype == torch.bfloat16 and columns <= 128
+        return dict(BT=32, BC=64, MB=columns if whole else 64, G=1, num_warps=4)
     return dict(BT=16, BC=64 if dtype == torch.bfloat16 else 32, MB=columns, G=n, num_warps=4)
 
 
