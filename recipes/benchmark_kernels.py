@@ -30,7 +30,7 @@ from rlm_mhc.testing.kernel_peers import PEER_OPS, PEERS, Implementation, Op, as
 from rlm_mhc.testing.kernel_results import BEYOND_CACHES, merged, size_of, source_digest, table
 from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
-from rlm_mhc.validation import at_least, check, one_of, some_of
+from rlm_mhc.validation import at_least, check, in_short, one_of, some_of
 
 ROOT = Path(__file__).parents[1]
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -141,7 +141,7 @@ def candidates(
             except ImportError as reason:
                 left_out[peer] = f"not installed ({reason})"
             except Exception as reason:  # an installation may be broken in any way, and the rest goes on
-                left_out[peer] = in_short(reason)
+                left_out[peer] = in_short(reason, 120)
     return found, left_out
 
 
@@ -166,7 +166,7 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
         except Exception as reason:  # a peer may refuse a size in any way, and the rest goes on
             if who == OURS:
                 raise
-            left_out[who] = in_short(reason)
+            left_out[who] = in_short(reason, 120)
     times: dict[str, list[list[float]]] = {who: [[], []] for who in ready}
     for _ in range(run.rounds):
         for who, both in ready.items():
@@ -184,11 +184,6 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     }
     sizes = {"op": name, "n": n, "c": c, "tokens": tokens}
     return {**sizes, "forward_bytes": must_move[0], "backward_bytes": must_move[1], "rows": rows, "left_out": left_out}
-
-
-def in_short(reason: Exception) -> str:
-    """An error in a line."""
-    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:120]}"
 
 
 def run_tests() -> dict[str, int]:

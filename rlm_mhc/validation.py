@@ -56,6 +56,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{found[0]}'?)" if found else ""
 
 
+def in_short(error: BaseException, most: int = 200) -> str:
+    """The kind of an error and so many characters of what it says, in one line.
+
+    >>> in_short(ValueError("of two\\n  lines"))
+    'ValueError: of two lines'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 def check(config: Any, prefix: str = "") -> None:
     """Validate every field of a frozen dataclass, turning nested mappings into their sections.
 

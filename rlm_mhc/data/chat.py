@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlm_mhc.data.sources import SetupError
+from rlm_mhc.validation import in_short
 
 # Ends of text behind the assistant's turns: where the marks are no tokens of their own, generation stops there.
 CHATML = (
@@ -116,7 +117,7 @@ def _rendered(render: Callable[[], Any], where: str, tokenizer: Any) -> Any:
         return render()
     except Exception as error:
         # Templates raise what they like; what they are not is one of ours.
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        said = in_short(error)
         if type(error).__name__ == "TemplateSyntaxError":
             raise SetupError(f"the chat template of {tokenizer.name_or_path} is not Jinja ({said}); {REMEDY}") from None
         raise ValueError(f"{where}: the chat template cannot render these messages ({said})") from None

@@ -11,6 +11,7 @@ from rlm_mhc.kernels.launch import require_triton
 from rlm_mhc.kernels.mixing import MIXING, refusal
 from rlm_mhc.kernels.proven import PROVEN
 from rlm_mhc.program.precision import COMPUTE_DTYPE
+from rlm_mhc.validation import in_short
 
 
 def pick_kernels(model: ModelConfig, training: TrainConfig, device: torch.device) -> Kernels:
@@ -86,6 +87,6 @@ def _self_test(model: ModelConfig, training: TrainConfig, device: torch.device) 
             if failure:
                 return failure, ""
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", ""
+        return in_short(error), ""
     compiled, took = seconds[0] - seconds[1], seconds[1]
     return None, f"{1e3 * took:.0f} ms, compiled in {max(0.0, compiled):.1f} s"
