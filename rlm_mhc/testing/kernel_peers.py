@@ -78,8 +78,9 @@ def transformer_engine(settings: Settings) -> Peer:
     buffered = "fused_grad_x_acc_buffer" in inspect.signature(theirs.mhc_fused_projection).parameters
 
     def shared(x: Tensor) -> dict[str, Any]:
-        buffer = torch.empty(x.shape, dtype=torch.float32, device=x.device) if buffered else None
-        return {} if buffer is None else {"fused_grad_x_acc_buffer": buffer}
+        if not buffered:
+            return {}
+        return {"fused_grad_x_acc_buffer": torch.empty(x.shape, dtype=torch.float32, device=x.device)}
 
     def streams(streams: Tensor) -> Tensor:
         return streams.mT.contiguous()[None]

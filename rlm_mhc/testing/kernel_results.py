@@ -11,7 +11,7 @@ import rlm_mhc.kernels
 BEYOND_CACHES = 10**8  # bytes: what a GPU's caches do not hold, and so many must move for a share of the bandwidth
 SAME = ("device", "versions", "source", "dtype", "iterations", "smoke")
 # Of the kernels' folder: what runs on a CPU, what is not ours, and what names the results.
-OTHERS = ("flash_attention/", "sinkhorn/cpu.cpp", "sinkhorn/function.py", "sinkhorn/op.py", "proven.py")
+OTHERS = ("flash_attention/", "sinkhorn/function.py", "sinkhorn/op.py", "proven.py")
 
 
 def source_digest() -> str:

@@ -32,8 +32,7 @@ def mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tens
 
 def mix_post_reduce(streams: Tensor, output: Tensor, post: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cotangents of output, post and res, from that of the combined streams; errors as `mix_post`."""
-    _check(streams, output, post, None)
-    require_shape("cotangent", cotangent, streams.device, tuple(streams.shape), streams.dtype)
+    _check(streams, output, post, cotangent=cotangent)
     return torch.ops.rlm_mhc.mix_post_reduce(streams, output, post, cotangent)
 
 
@@ -41,18 +40,21 @@ def mix_post_backward(
     streams: Tensor, output: Tensor, post: Tensor, res: Tensor, cotangent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The cotangents of streams, output, post and res; errors as `mix_post`."""
-    _check(streams, output, post, res)
-    require_shape("cotangent", cotangent, streams.device, tuple(streams.shape), streams.dtype)
+    _check(streams, output, post, res, cotangent)
     return torch.ops.rlm_mhc.mix_post_backward(streams, output, post, res, cotangent)
 
 
-def _check(streams: Tensor, output: Tensor, post: Tensor, res: Tensor | None) -> None:
+def _check(
+    streams: Tensor, output: Tensor, post: Tensor, res: Tensor | None = None, cotangent: Tensor | None = None
+) -> None:
     require_streams(streams)
     *b, n, c = streams.shape
     require_shape("output", output, streams.device, (*b, c), streams.dtype)
     require_shape("post", post, streams.device, (*b, n), torch.float32)
     if res is not None:
         require_shape("res", res, streams.device, (*b, n, n), torch.float32)
+    if cotangent is not None:
+        require_shape("cotangent", cotangent, streams.device, (*b, n, c), streams.dtype)
 
 
 def _mix_post(streams: Tensor, output: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -76,9 +78,8 @@ def _mix_post_backward(
     require_triton(streams.device)
     from rlm_mhc.kernels.mix_post.triton import reduce
 
-    inputs = (streams, output, post, res)
-    own = (flat(x, axes) for x, axes in zip((*inputs[:3], cotangent, res), (2, 1, 1, 2, 2), strict=True))
-    return tuple(g.view(x.shape) for g, x in zip(reduce(*own), inputs, strict=True))
+    found = reduce(flat(streams, 2), flat(output, 1), flat(post, 1), flat(cotangent, 2), flat(res, 2))
+    return tuple(g.view(x.shape) for g, x in zip(found, (streams, output, post, res), strict=True))
 
 
 def _empty(x: Tensor, *more: int) -> Tensor:

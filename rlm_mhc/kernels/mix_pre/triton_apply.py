@@ -29,7 +29,7 @@ def apply_kernel(
     g_product_ptr,
     inner_ptr,
     more_ptr,
-    after_ptr,
+    res_ptr,
     out_ptr,
     g_phi_ptr,
     tokens,
@@ -47,7 +47,7 @@ def apply_kernel(
 
     Where `G` is all of them, `g` is the cotangent of the norm's output, else that of the aggregate already. With
     `MORE="add"` another cotangent of the streams is added, with `"mix"`, where `G` is all of them, another one by
-    `afterᵀ`. Programs whose third index is above 0 have further columns of `phi` and nothing else.
+    `resᵀ`. Programs whose third index is above 0 have further columns of `phi` and nothing else.
     """
     across: tl.constexpr = (C + BC - 1) // BC
     first = tl.program_id(0) // across * G
@@ -89,7 +89,7 @@ def apply_kernel(
                 if MORE == "add":
                     g += more[j].to(tl.float32)
                 if MORE == "mix":
-                    g += mixed_stream(more, load_entries(after_ptr, t, in_range, j, N, N, N * N), 0, N)
+                    g += mixed_stream(more, load_entries(res_ptr, t, in_range, j, N, N, N * N), 0, N)
                 g = through_phi(
                     g, g_product_ptr, phi_ptr, t, in_range, (first + j) * C + cols, within, M, MB, PRECISION
                 )
@@ -123,22 +123,22 @@ def to_streams(
     g_product: Tensor,
     inner: Tensor,
     more: Tensor | None,
-    after: Tensor | None,
+    res: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The cotangents of the streams and of `phi`; `more` is another one of the streams, with `after` by `afterᵀ`."""
+    """The cotangents of the streams and of `phi`; `more` is another one of the streams, with `res` by `resᵀ`."""
     tokens, n, c = x.shape
     raw = phi.shape[-1]
     tile = apply_tile(n, raw, x.dtype)
-    if more is not None and after is not None and tile["G"] < n:
-        more, after = combine(more, None, None, after, transposed=True), None
+    if more is not None and res is not None and tile["G"] < n:
+        more, res = combine(more, None, None, res, transposed=True), None
     out = torch.empty_like(x)
     grid = apply_grid(n, c, raw, tokens, tile)
     partial = phi.new_empty(grid[1], n * c, raw)
     half = x.dtype != torch.float32
-    options: dict[str, Any] = dict(MORE="" if more is None else "add" if after is None else "mix")
+    options: dict[str, Any] = dict(MORE="" if more is None else "add" if res is None else "mix")
     with on_device(x):
         apply_kernel[grid](
-            x, pre, phi, *normed, g_product, inner, more, after, out, partial, tokens, C=c, N=n, M=raw, **tile,
+            x, pre, phi, *normed, g_product, inner, more, res, out, partial, tokens, C=c, N=n, M=raw, **tile,
             **options, PRECISION="tf32" if half else "ieee", num_stages=2,
         )  # fmt: skip
     return out, partial.sum(0)
