@@ -19,11 +19,16 @@ LONGEST_VALUE = 4096  # a path
 CODE_FILE = "modeling_rlm_mhc.py"
 CODE = '''"""The classes of this checkpoint, which are those of the package rlm-mhc."""
 
-from rlm_mhc.model import RLMConfig, RLMModel
+from rlm_mhc.model import RLMBackbone, RLMConfig, RLMForSequenceClassification, RLMModel
 
-__all__ = ["RLMConfig", "RLMModel"]
+__all__ = ["RLMBackbone", "RLMConfig", "RLMForSequenceClassification", "RLMModel"]
 '''
-AUTO_MAP = {"AutoConfig": "modeling_rlm_mhc.RLMConfig", "AutoModelForCausalLM": "modeling_rlm_mhc.RLMModel"}
+AUTO_MAP = {
+    "AutoConfig": "modeling_rlm_mhc.RLMConfig",
+    "AutoModel": "modeling_rlm_mhc.RLMBackbone",
+    "AutoModelForCausalLM": "modeling_rlm_mhc.RLMModel",
+    "AutoModelForSequenceClassification": "modeling_rlm_mhc.RLMForSequenceClassification",
+}
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 # The names that transformers gives to fields.
 THEIR_NAMES = {

@@ -2,7 +2,7 @@
 tree."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,6 +65,23 @@ def load_pretrained(
     """
     folder = Path(path)
     config = load_config(folder)
+    return from_named(weight_table(config), read_weights(folder, config, device, verify=verify)), config
+
+
+def read_weights(
+    folder: Path,
+    config: ModelConfig,
+    device: torch.device | str = "cpu",
+    *,
+    verify: bool = True,
+    optional: Container[str] = (),
+) -> dict[str, Tensor]:
+    """Return a folder's tensors by name, which are the weights of `config`; `optional` names are not checked.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: on a damaged file, or one that does not fit `config`; the message names the first difference.
+    """
     named, source = {}, folder / WEIGHTS_FILE
     for file, expected in weight_files(folder).items():
         tensors = read_tensors(file, device, verify=verify)
@@ -72,8 +89,8 @@ def load_pretrained(
             source = folder / INDEX_FILE
             require_names(tensors, expected, f"{file}: does not fit {INDEX_FILE}")
         named.update(tensors)
-    _require_weights(named, config, str(source))
-    return from_named(weight_table(config), named), config
+    _require_weights(named, config, str(source), optional)
+    return named
 
 
 def weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -125,8 +142,11 @@ def require_fit(named: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
         raise ValueError(f"{where}: dtypes are not floating-point ones of 16 to 64 bits: {few(wrong)}")
 
 
-def _require_weights(named: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
-    require_fit(named, {name: spec.shape for name, spec in named_leaves(weight_table(config)).items()}, where)
+def _require_weights(
+    named: Mapping[str, Tensor], config: ModelConfig, where: str, optional: Container[str] = ()
+) -> None:
+    shapes = {name: spec.shape for name, spec in named_leaves(weight_table(config)).items() if name not in optional}
+    require_fit({name: tensor for name, tensor in named.items() if name not in optional}, shapes, where)
 
 
 def few(words: list[str]) -> str:

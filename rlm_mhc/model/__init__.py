@@ -1,18 +1,35 @@
-"""The Hugging Face face: the model as transformers, peft, accelerate and lm-eval take any other.
+"""The Hugging Face face: the models as transformers, peft, accelerate, trl and lm-eval take any other.
 
-Importing it registers `RLMConfig` and `RLMModel` with transformers' `Auto` classes.
+Importing it registers `RLMConfig` and the three models with transformers' `Auto` classes.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto import modeling_auto
 
+from rlm_mhc.model.backbone import RLMBackbone
+from rlm_mhc.model.classifier import RLMForSequenceClassification
 from rlm_mhc.model.config import RLMConfig
 from rlm_mhc.model.lm import RLMModel
 from rlm_mhc.model.mhc import mHCLayer
+from rlm_mhc.model.pretrained import FROM_DISK
 
 AutoConfig.register(RLMConfig.model_type, RLMConfig, exist_ok=True)
-AutoModelForCausalLM.register(RLMConfig, RLMModel, exist_ok=True)
-# By this table Trainer knows whose labels are to be shifted when it smooths them.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[RLMConfig.model_type] = RLMModel.__name__
+# By these tables Trainer knows whose labels are to be shifted when it smooths them.
+for auto, names, model in (
+    (AutoModel, modeling_auto.MODEL_MAPPING_NAMES, RLMBackbone),
+    (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, RLMModel),
+    (
+        AutoModelForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        RLMForSequenceClassification,
+    ),
+):
+    auto.register(RLMConfig, model, exist_ok=True)
+    names[RLMConfig.model_type] = model.__name__
+register_checkpoint_conversion_mapping(
+    RLMConfig.model_type, [WeightRenaming(*names) for names in FROM_DISK.items()], overwrite=True
+)
 
-__all__ = ["RLMConfig", "RLMModel", "mHCLayer"]
+__all__ = ["RLMBackbone", "RLMConfig", "RLMForSequenceClassification", "RLMModel", "mHCLayer"]

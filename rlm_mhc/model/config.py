@@ -112,3 +112,8 @@ class RLMConfig(PretrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: the module beside a checkpoint imports this library, so that no code is to be copied."""
+
+
+def as_rlm_config(config: RLMConfig | ModelConfig) -> RLMConfig:
+    """Return an `RLMConfig` as it is, and one of the same fields for a `ModelConfig`."""
+    return RLMConfig(**dataclasses.asdict(config)) if isinstance(config, ModelConfig) else config

@@ -5,7 +5,7 @@ from rlm_mhc.data import Source, train_tokenizer
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import small_config
 from rlm_mhc.testing.models import disturbed
-from rlm_mhc.tree import named_leaves
+from rlm_mhc.tree import tree_map
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -26,8 +26,7 @@ def make_model():
     def make(**changes):
         model = RLMModel(small_config(**changes)).eval()
         with torch.no_grad():
-            for name, leaf in named_leaves(disturbed(model.tree())).items():
-                model.get_parameter(name).copy_(leaf)
+            tree_map(torch.Tensor.copy_, model.tree(), disturbed(model.tree()))
         return model
 
     return make

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import rlm_mhc
-from rlm_mhc.model import RLMModel
+from rlm_mhc.model import RLMBackbone, RLMModel
 from rlm_mhc.testing import small_config
 
 TASK = """
@@ -67,7 +67,7 @@ def test_trainer_for_five_steps_and_again_from_its_checkpoint(checkpoint, tmp_pa
     assert len(losses) == 5
     assert losses[-1] < losses[0]
     params, _ = rlm_mhc.load_pretrained(tmp_path / "trainer" / "checkpoint-5")
-    assert torch.equal(params.layers[1].mlp_mhc.phi, model.layers[1].mlp_mhc.phi)
+    assert torch.equal(params.layers[1].mlp_mhc.phi, model.model.layers[1].mlp_mhc.phi)
     again, _ = trained(5, resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-3"))
     assert again[-2:] == losses[-2:]
 
@@ -113,6 +113,32 @@ def test_lora_adapters_on_all_linear_act(make_model, tokens, changes, tmp_path):
     torch.testing.assert_close(merged(tokens).logits, output.logits, rtol=1e-5, atol=1e-5)
     again = PeftModel.from_pretrained(make_model(**changes), tmp_path)
     torch.testing.assert_close(again(tokens).logits, output.logits)
+
+
+@pytest.mark.parametrize("kind", [RLMModel, RLMBackbone])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_adapters_load_with_the_names_of_the_module_and_with_those_on_disk(make_model, tokens, tmp_path, kind, renamed):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    make_model().save_pretrained(tmp_path / "base")
+    sites = ["attn_mhc", "mlp_mhc"]
+    options = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=sites, init_lora_weights=False)
+    adapted = get_peft_model(kind.from_pretrained(tmp_path / "base"), options)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "alpha" in name and parameter.requires_grad:
+                parameter.add_(1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    if renamed:
+        named = load_file(file)
+        save_file({name.replace("base_model.model.model.", "base_model.model."): w for name, w in named.items()}, file)
+    again = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(again(tokens)[0], adapted(tokens)[0])
+    inside = kind.from_pretrained(tmp_path / "base")
+    inside.load_adapter(tmp_path / "adapter")
+    assert torch.equal(inside(tokens)[0], adapted(tokens)[0])
 
 
 def test_lora_on_embedding_and_head_acts(make_model, tokens):
@@ -165,8 +191,8 @@ def test_weights_that_accelerate_offloads_come_back_for_a_forward(make_model, to
     model = make_model(**changes)
     expected = model(tokens).logits
     model.save_pretrained(tmp_path / "model")
-    names = [name for name, _ in model.named_children() if name != "layers"]
-    where = {**dict.fromkeys(names, "cpu"), "layers.0": "cpu", "layers.1": "disk"}
+    names = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
+    where = {**dict.fromkeys(["lm_head", *names], "cpu"), "model.layers.0": "cpu", "model.layers.1": "disk"}
     options = dict(device_map=where, offload_folder=tmp_path / "offloaded")
     assert torch.equal(RLMModel.from_pretrained(tmp_path / "model", **options)(tokens).logits, expected)
     assert torch.equal(cpu_offload(model, execution_device="cpu")(tokens).logits, expected)

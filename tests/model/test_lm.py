@@ -39,7 +39,7 @@ def test_initial_weights_are_those_of_fn_init(changes):
     expected = named_leaves(fn.init(small_config(**changes), seed=7))
     assert named_leaves(model.tree()).keys() == expected.keys()
     assert all(torch.equal(leaf, expected[name]) for name, leaf in named_leaves(model.tree()).items())
-    own = {name for name, _ in model.named_parameters()}
+    own = {name.removeprefix("model.") for name, _ in model.named_parameters()}
     assert own == expected.keys()
 
 
@@ -49,8 +49,9 @@ def test_gradients_are_those_of_fn(make_model, tokens, changes):
     model(tokens, labels=tokens).loss.backward()
     config, batch = model.config.model_config, fn.Batch(tokens[:, :-1], tokens[:, 1:])
     params = tree_map(torch.Tensor.detach, model.tree())
+    own = named_leaves(model.tree())
     for name, g in named_leaves(torch.func.grad(fn.loss)(params, batch, config)).items():
-        torch.testing.assert_close(model.get_parameter(name).grad, g, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(own[name].grad, g, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -70,7 +71,7 @@ def test_recomputed_blocks_give_the_same_gradients(make_model, tokens, changes, 
 def test_a_hook_on_any_module_runs_and_changes_no_logit(make_model, tokens, changes):
     model, seen = make_model(**changes), []
     expected, metrics = model(tokens).logits, model.get_mhc_metrics(tokens)
-    names = {name: module for name, module in model.named_modules() if name not in ("", "layers")}
+    names = {name: module for name, module in model.named_modules() if name not in ("", "model", "model.layers")}
     for name, module in names.items():
         module.register_forward_hook(lambda *call, name=name: seen.append(name))
     assert torch.equal(model(tokens).logits, expected)
@@ -226,7 +227,7 @@ def test_mhc_metrics_are_the_largest_entries_of_res(make_model, tokens):
     res = fn.backbone(model.tree(), tokens, small_config()).res
     expected = [tuple(pair) for pair in torch.stack([r.amax() for r in res]).view(-1, 2).tolist()]
     assert model.get_mhc_metrics(tokens) == expected
-    first = model.layers[0].attn_mhc.get_connection_matrix().amax().item()
+    first = model.model.layers[0].attn_mhc.get_connection_matrix().amax().item()
     assert model.get_mhc_metrics()[0][0] == first
     assert make_model(mhc_enabled=False).get_mhc_metrics() == [(1.0, 1.0)] * 2
 

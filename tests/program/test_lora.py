@@ -95,12 +95,11 @@ def test_loss_and_gradients_are_pefts(preset):
     config, base, trained, parametrization = subject(mhc_preset=preset)
     model = RLMModel(config)
     with torch.no_grad():
-        for name, leaf in named_leaves(base).items():
-            model.get_parameter(name).copy_(leaf)
+        tree_map(torch.Tensor.copy_, model.tree(), base)
     sites = ["attn_mhc", "mlp_mhc", *(["head_mhc"] if base.head_mhc else [])]
     given = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(LORA.targets), modules_to_save=sites)
     theirs = peft.get_peft_model(model, given)
-    own = {f"base_model.model.{name}": leaf for name, leaf in named_leaves(trained).items()}
+    own = {f"base_model.model.model.{name}": leaf for name, leaf in named_leaves(trained).items()}
     parameters = {
         name.replace("modules_to_save.default.", "").replace(".default.weight", ""): p
         for name, p in theirs.named_parameters()
@@ -117,7 +116,7 @@ def test_loss_and_gradients_are_pefts(preset):
     gradients = make_gradients(config, fn.REFERENCE, parametrization=parametrization)
     ours = gradients(trained, [batch], 1 / fn.count_targets(batch.targets).float())
     torch.testing.assert_close(ours.loss, loss.detach(), rtol=1e-5, atol=0)
-    grads = {f"base_model.model.{name}": leaf for name, leaf in named_leaves(ours.grads).items()}
+    grads = {f"base_model.model.model.{name}": leaf for name, leaf in named_leaves(ours.grads).items()}
     assert_trees_close(grads, {name: parameters[name].grad for name in grads}, 1e-5, floor=1e-3)
 
 

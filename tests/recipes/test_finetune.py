@@ -195,10 +195,11 @@ def test_adapters_learn_and_leave_a_model_as_any_other(finetune, base, data, tmp
         ours, theirs, before = (model(tokens).logits for model in (merged, adapted, RLMModel.from_pretrained(base)))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert (ours - before).abs().max() > 0.05
-    site = adapted.base_model.model.layers[0].attn_mhc
-    assert torch.equal(site.modules_to_save["default"].alpha, merged.layers[0].attn_mhc.alpha)
-    assert not torch.equal(merged.layers[0].attn_mhc.alpha, RLMModel.from_pretrained(base).layers[0].attn_mhc.alpha)
-    assert torch.equal(merged.embed_tokens.weight, RLMModel.from_pretrained(base).embed_tokens.weight)
+    site = adapted.base_model.model.model.layers[0].attn_mhc
+    assert torch.equal(site.modules_to_save["default"].alpha, merged.model.layers[0].attn_mhc.alpha)
+    start = RLMModel.from_pretrained(base).model
+    assert not torch.equal(merged.model.layers[0].attn_mhc.alpha, start.layers[0].attn_mhc.alpha)
+    assert torch.equal(merged.model.embed_tokens.weight, start.embed_tokens.weight)
     optimizer = torch.load(newest / "optimizer.pt", weights_only=True)
     assert "exp_avg.layers.0.self_attn.q_proj.lora_A" in optimizer
     # What it left is a checkpoint to start from, as any other.
