@@ -93,6 +93,12 @@ def load_config(folder: Path) -> ModelConfig:
     return first
 
 
+def quantization(folder: Path) -> Any:
+    """Return the `quantization_config` in a folder's `config.json`; None where its weights are not quantised."""
+    file = folder / CONFIG_FILE
+    return read_json(file, LARGEST_CONFIG_BYTES).get("quantization_config") if file.is_file() else None
+
+
 def write_config_files(
     folder: Path, config: ModelConfig, dtype: str, special_tokens: Mapping[str, Any] | None = None
 ) -> None:

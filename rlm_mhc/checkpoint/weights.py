@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlm_mhc.checkpoint.config_files import load_config, read_json, write_config_files
+from rlm_mhc.checkpoint.config_files import load_config, quantization, read_json, write_config_files
 from rlm_mhc.checkpoint.tensors import read_tensors, write_tensors
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.disk import replace_file
@@ -61,10 +61,17 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: when the folder or a file of it is missing.
-        ValueError: on a damaged file, or one that does not fit its config; the message names the first difference.
+        ValueError: on a damaged file, or one that does not fit its config; the message names the first difference. On
+            quantised weights, which no function of `fn` takes.
     """
     folder = Path(path)
     config = load_config(folder)
+    if (how := quantization(folder)) is not None:
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        raise ValueError(
+            f"{folder}: its weights are quantised ({method}); load it by RLMModel.from_pretrained, or save what that "
+            "model's dequantize() returns"
+        )
     return from_named(weight_table(config), read_weights(folder, config, device, verify=verify)), config
 
 
@@ -82,14 +89,25 @@ def read_weights(
         FileNotFoundError: when a file is missing.
         ValueError: on a damaged file, or one that does not fit `config`; the message names the first difference.
     """
-    named, source = {}, folder / WEIGHTS_FILE
+    named = read_files(folder, device, verify=verify)
+    source = WEIGHTS_FILE if (folder / WEIGHTS_FILE).is_file() else INDEX_FILE
+    _require_weights(named, config, str(folder / source), optional)
+    return named
+
+
+def read_files(folder: Path, device: torch.device | str = "cpu", *, verify: bool = True) -> dict[str, Tensor]:
+    """Return all tensors of a folder by name, whatever its config.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: on a damaged file, or one that does not hold what the index says.
+    """
+    named = {}
     for file, expected in weight_files(folder).items():
         tensors = read_tensors(file, device, verify=verify)
         if expected is not None:
-            source = folder / INDEX_FILE
             require_names(tensors, expected, f"{file}: does not fit {INDEX_FILE}")
         named.update(tensors)
-    _require_weights(named, config, str(source), optional)
     return named
 
 

@@ -102,8 +102,9 @@ class RLMBackbone(RLMPreTrainedModel):
         x = self._embed(outer, input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        seen = cache.get_seq_length() if cache is not None and position_ids is None else 0
+        self._require_fit(seen, x.shape[1], position_ids)
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         given = {CACHE: cache, "position_ids": position_ids}
         mask = create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, **given)
@@ -133,7 +134,12 @@ class RLMBackbone(RLMPreTrainedModel):
             x = inputs_embeds
         else:
             raise ValueError("give either input_ids or inputs_embeds")
-        limit = self.config.max_position_embeddings
-        if x.shape[1] > limit:
-            raise ValueError(f"sequence of {x.shape[1]} tokens: longer than max_seq_len={limit} of the model")
         return x
+
+    def _require_fit(self, seen: Any, count: int, position_ids: Tensor | None) -> None:
+        """Compare the last position with `max_seq_len`. A row of packed documents may be longer: its positions are
+        not. In a compiled graph, which grows no cache, the length of the cache is a tensor and is not compared."""
+        limit = self.config.max_position_embeddings
+        total = count + seen if isinstance(seen, int) else count
+        if total > limit and (position_ids is None or int(position_ids.max()) >= limit):
+            raise ValueError(f"sequence of {total} tokens: longer than max_seq_len={limit} of the model")

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import Cache, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -159,7 +159,9 @@ class Block(GradientCheckpointingLayer):
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if cache is not None:
-                k, v = cache.update(k, v, site.layer_idx)
+                # A paged cache reads and extends the options of the attention function.
+                paged = {} if isinstance(cache, Cache) else {"kwargs": options}
+                k, v = cache.update(k, v, site.layer_idx, **paged)
             run = ALL_ATTENTION_FUNCTIONS.get_interface(site.config._attn_implementation, eager_attention_forward)
             output, weights = run(site, q, k, v, mask, dropout=0.0, scaling=site.scaling, **options)
             seen.append(weights)

@@ -13,11 +13,12 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.model.backbone import CACHE, RLMBackbone
 from rlm_mhc.model.block import linear_tree
 from rlm_mhc.model.config import RLMConfig
+from rlm_mhc.model.generation import BoundedGeneration
 from rlm_mhc.model.pretrained import RLMPreTrainedModel
 from rlm_mhc.params import Linear, LMParams
 
 
-class RLMModel(RLMPreTrainedModel, GenerationMixin):
+class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
     """A language model with manifold-constrained hyper-connections, as transformers knows models
     (`AutoModelForCausalLM`).
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
-from rlm_mhc.checkpoint.config_files import CONFIG_FILE, GENERATION_FILE, load_config
+from rlm_mhc.checkpoint.config_files import CONFIG_FILE, GENERATION_FILE, load_config, quantization
 from rlm_mhc.checkpoint.tensors import add_checksums
-from rlm_mhc.checkpoint.weights import few, read_weights, weight_files
+from rlm_mhc.checkpoint.weights import few, read_files, read_weights, weight_files
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.model.config import RLMConfig, as_rlm_config
 from rlm_mhc.params import INIT_STD, LMParams, weight_table
@@ -90,14 +90,19 @@ class RLMPreTrainedModel(PreTrainedModel):
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         lenient = kwargs.get("ignore_mismatched_sizes", False)
         plain = not any(kwargs.get(name) for name in ("variant", "gguf_file", "state_dict"))
+        quantized = folder.is_dir() and quantization(folder) is not None
         if folder.is_dir() and plain and not lenient and not (folder / "adapter_config.json").is_file():
-            read_weights(folder, load_config(folder), "meta", verify=verify, optional=cls.optional_weights)
+            if quantized:  # names and shapes are those of the quantisation's library
+                read_files(folder, "meta", verify=verify)
+            else:
+                read_weights(folder, load_config(folder), "meta", verify=verify, optional=cls.optional_weights)
         if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG_FILE, GENERATION_FILE)):
             kwargs.setdefault("generation_config", GenerationConfig())  # transformers looks in no other file for it
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if not lenient:
-            cls._require_all(info, str(pretrained_model_name_or_path))
+            known = {"unexpected_keys": ()} if quantized else {}
+            cls._require_all(info | known, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
     @classmethod

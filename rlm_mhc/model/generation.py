@@ -1,0 +1,59 @@
+"""Generation by transformers within the model's longest sequence."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+
+class LengthError(ValueError):
+    """A prompt and the tokens that a request asks for are more than `max_seq_len`."""
+
+
+class BoundedGeneration:
+    """Compare prompt and new tokens with `max_seq_len` before the first token, in front of `GenerationMixin`.
+
+    One rule for `generate` with any cache or none, for `generate_batch` and for the server.
+    """
+
+    config: Any
+    generation_config: Any
+
+    def _prepare_generated_length(self, generation_config: Any, *args: Any, **options: Any) -> Any:
+        prepared = super()._prepare_generated_length(generation_config, *args, **options)  # type: ignore[misc]
+        self._require_room(prepared.max_length, "max_length" if prepared.max_new_tokens is None else "max_new_tokens")
+        return prepared
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """As in transformers; the manager's `add_request` raises `LengthError`."""
+        manager = super().init_continuous_batching(*args, **options)  # type: ignore[misc]
+        add, signature = manager.add_request, inspect.signature(manager.add_request)
+
+        def add_request(*args: Any, **options: Any) -> Any:
+            given = signature.bind(*args, **options).arguments
+            count = given.get("max_new_tokens") or manager.generation_config.max_new_tokens or 1
+            self._require_room(len(given["input_ids"]) + count, "max_new_tokens")
+            return add(*args, **options)
+
+        manager.add_request = add_request
+        return manager
+
+    def generate_batch(
+        self, inputs: Sequence[Sequence[int]], generation_config: Any = None, *args: Any, **options: Any
+    ) -> Any:
+        """As in transformers.
+
+        Raises:
+            LengthError: where a prompt and the new tokens are more than `max_seq_len`.
+        """
+        settings = self.generation_config if generation_config is None else generation_config
+        count = options.get("max_new_tokens") or settings.max_new_tokens or 1
+        self._require_room(max(map(len, inputs), default=0) + count, "max_new_tokens")
+        return super().generate_batch(inputs, generation_config, *args, **options)  # type: ignore[misc]
+
+    def _require_room(self, total: int, option: str) -> None:
+        limit = self.config.max_position_embeddings
+        if total > limit:
+            raise LengthError(
+                f"prompt and new tokens are up to {total}, more than max_seq_len={limit} of the model; "
+                f"shorten the prompt or lower {option} (max_tokens in a request to the server)"
+            )
