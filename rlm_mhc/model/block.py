@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from rlm_mhc import fn
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.model.mhc import mHCLayer
+from rlm_mhc.model.mhc import add_weights, mHCLayer
 from rlm_mhc.params import MLP, Embedding, Layer, Linear, RMSNorm, SelfAttention
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -188,12 +188,14 @@ def mhc_layer(config: ModelConfig) -> mHCLayer:
 class Head(nn.Module):
     """The weights by which streams are collapsed, where that is learned."""
 
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor
+
     def __init__(self, specs: Any, config: ModelConfig) -> None:
         super().__init__()
         self.shape = config
-        self.phi, self.alpha, self.bias = (
-            nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype()))) for spec in specs
-        )
+        add_weights(self, specs)
 
     def tree(self) -> fn.MHCHead:
         """The weights as `fn` takes them."""

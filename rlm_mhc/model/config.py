@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class RLMConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, those of the model also under the names that transformers gives them."""
+        _add_peft_defaults()  # peft reads the config as a dict before it looks for its defaults by `model_type`
         theirs = {name: getattr(self, ours) for name, ours in self.attribute_map.items()}
         return {**super().to_dict(), **theirs}
 
@@ -117,3 +119,11 @@ class RLMConfig(PretrainedConfig):
 def as_rlm_config(config: RLMConfig | ModelConfig) -> RLMConfig:
     """Return an `RLMConfig` as it is, and one of the same fields for a `ModelConfig`."""
     return RLMConfig(**dataclasses.asdict(config)) if isinstance(config, ModelConfig) else config
+
+
+def _add_peft_defaults() -> None:
+    """Add the target modules of Llama, which have the same names here, to the tables of peft if it is imported."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in vars(constants).items() if constants else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            table.setdefault(MODEL_TYPE, table["llama"])

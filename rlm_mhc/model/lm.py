@@ -1,5 +1,6 @@
 """The causal language model: the backbone and the projection onto the vocabulary."""
 
+import os
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from rlm_mhc.model.block import linear_tree
 from rlm_mhc.model.config import RLMConfig
 from rlm_mhc.model.generation import BoundedGeneration
 from rlm_mhc.model.pretrained import RLMPreTrainedModel
-from rlm_mhc.params import Linear, LMParams
+from rlm_mhc.params import Embedding, Linear, LMParams
 
 
 class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
@@ -52,6 +53,13 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
     def _is_tied(self) -> bool:
         head = linear_tree(self.lm_head)
         return isinstance(head, Linear) and head.weight is getattr(self.model.embed_tokens, "weight", None)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As in transformers. The config says whether the head is the embedding, as it is now: peft merges a trained
+        head into a tied model. The weights carry a checksum each, in the metadata of their files."""
+        if isinstance(linear_tree(self.lm_head), Linear) and isinstance(self.model.tree().embed_tokens, Embedding):
+            self.config.tie_embeddings = self._is_tied()
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
 
     @can_return_tuple
     def forward(

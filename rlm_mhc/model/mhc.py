@@ -11,6 +11,24 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.params import MHCParams, weight_table
 
 
+class Undecayed(str):
+    """The name of a weight without weight decay.
+
+    transformers' Trainer decides by names alone: it excludes those that contain `bias` or `_norm` in lower case.
+    """
+
+    def lower(self) -> str:
+        """Return the name by which Trainer decides."""
+        return f"{super().lower()}_norm"
+
+
+def add_weights(module: nn.Module, specs: Any) -> None:
+    """Register an uninitialised parameter for each `WeightSpec` of a named tuple."""
+    for name, spec in specs._asdict().items():
+        weight = torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype()))
+        module.register_parameter(name if spec.decay else Undecayed(name), nn.Parameter(weight))
+
+
 class mHCLayer(nn.Module):
     """`fn.hyper_connection` around any branch, owning its weights: `phi`, `alpha`, `bias`.
 
@@ -29,6 +47,10 @@ class mHCLayer(nn.Module):
     >>> layer(torch.ones(2, 5, 4, 8), lambda x: 0 * x).shape
     torch.Size([2, 5, 4, 8])
     """
+
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -52,9 +74,7 @@ class mHCLayer(nn.Module):
             mhc_projection=projection,
             norm_eps=norm_eps,
         )
-        self.phi, self.alpha, self.bias = (
-            nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype()))) for spec in self._specs()
-        )
+        add_weights(self, self._specs())
         self.reset_parameters()
 
     def _specs(self) -> Any:

@@ -1,5 +1,6 @@
 """Programs that are not ours, each used as its own documentation has it."""
 
+import copy
 import json
 import os
 import socket
@@ -13,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import rlm_mhc
-from rlm_mhc.model import RLMBackbone, RLMModel
+from rlm_mhc import fn
+from rlm_mhc.model import RLMBackbone, RLMForSequenceClassification, RLMModel
 from rlm_mhc.testing import small_config
 
 TASK = """
@@ -139,6 +141,72 @@ def test_adapters_load_with_the_names_of_the_module_and_with_those_on_disk(make_
     inside = kind.from_pretrained(tmp_path / "base")
     inside.load_adapter(tmp_path / "adapter")
     assert torch.equal(inside(tokens)[0], adapted(tokens)[0])
+
+
+def test_a_trained_head_of_a_tied_model_is_in_its_tree_and_on_disk(make_model, tokens, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(make_model(), options)
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    model = adapted.base_model.model
+    assert torch.equal(fn.forward(model.tree(), tokens, small_config()), adapted(tokens).logits)
+    merged = adapted.merge_and_unload()
+    expected = merged(tokens).logits
+    torch.testing.assert_close(expected, adapted(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert (expected - make_model()(tokens).logits).abs().max() > 0.1
+    assert torch.equal(fn.forward(merged.tree(), tokens, small_config()), expected)
+    merged.save_pretrained(tmp_path)
+    params, config = rlm_mhc.load_pretrained(tmp_path)
+    assert not config.tie_embeddings
+    assert torch.equal(fn.forward(params, tokens, config), expected)
+    assert torch.equal(RLMModel.from_pretrained(tmp_path)(tokens).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "matched"),
+    [
+        (dict(target_modules=["q_proj"], layers_to_transform=[1]), {"layers.1.self_attn.q_proj"}),
+        (dict(target_modules=r".*\.layers\..*\.up_proj"), {"layers.0.mlp.up_proj", "layers.1.mlp.up_proj"}),
+        (
+            dict(target_modules=r"model\.layers\.0\.mlp\.(up|down)_proj"),
+            {"layers.0.mlp.up_proj", "layers.0.mlp.down_proj"},
+        ),
+        ({}, {f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qv"}),
+    ],
+    ids=str,
+)
+def test_targets_are_named_as_in_llama(make_model, options, matched):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(make_model(), LoraConfig(**options))
+    ours = {name for name, module in adapted.base_model.model.model.named_modules() if hasattr(module, "lora_A")}
+    assert ours == matched
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LNTuningConfig", "LoHaConfig"])
+def test_other_adapters_have_default_targets(make_model, tokens, kind):
+    import peft
+
+    adapted = peft.get_peft_model(make_model(), getattr(peft, kind)())
+    adapted(tokens, labels=tokens).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_importing_the_models_imports_no_client():
+    code = "import sys, rlm_mhc.model as m; m.RLMConfig().to_dict(); print({'peft', 'trl'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("changes", [{"mhc_preset": "deepseek_v4", "qkv_bias": True, "qk_norm": True}, {}], ids=str)
+def test_trainer_decays_matrices_alone(make_model, changes, tmp_path):
+    model = make_model(**changes)
+    for subject in (model, copy.deepcopy(model), RLMForSequenceClassification(model.config)):
+        trainer = Trainer(subject, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+        expected = {name for name, p in subject.named_parameters(remove_duplicate=False) if p.dim() > 1}
+        assert set(trainer.get_decay_parameter_names(subject)) == expected
 
 
 def test_lora_on_embedding_and_head_acts(make_model, tokens):

@@ -123,6 +123,32 @@ def test_eager_attention_gives_its_weights_and_the_same_logits(make_model, token
     assert torch.equal(model(tokens, logits_to_keep=2).logits, output.logits[:, -2:])
 
 
+def test_attentions_and_hidden_states_follow_the_config(make_model, tokens, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    options = dict(attn_implementation="eager", output_attentions=True, output_hidden_states=True)
+    model = RLMModel.from_pretrained(tmp_path, **options)
+    expected = model(tokens, output_attentions=True, output_hidden_states=True)
+    for output in (model(tokens), model.model(tokens)):
+        assert all(map(torch.equal, output.attentions, expected.attentions))
+        assert all(map(torch.equal, output.hidden_states, expected.hidden_states))
+    assert len(expected.attentions) == 2
+    assert len(expected.hidden_states) == 3
+    output = model(tokens, output_attentions=False, output_hidden_states=False)
+    assert output.attentions is output.hidden_states is None
+    model.config.output_attentions = model.config.output_hidden_states = False
+    assert model(tokens).attentions is model(tokens).hidden_states is None
+    model.config.return_dict = False
+    assert torch.equal(model(tokens)[0], expected.logits)
+
+
+def test_the_limit_on_length_is_that_of_the_config_at_the_call(make_model):
+    model, tokens = make_model(), torch.arange(65).remainder(61).unsqueeze(0)
+    with pytest.raises(ValueError, match="longer than max_seq_len=64"):
+        model(tokens)
+    model.config.max_position_embeddings = 65
+    assert torch.equal(model(tokens).logits, fn.forward(model.tree(), tokens, small_config(max_seq_len=65)))
+
+
 @pytest.mark.gpu
 def test_flash_attention_equals_sdpa(make_model, tokens, tmp_path):
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
@@ -237,6 +263,7 @@ def test_the_vocabulary_can_grow(make_model, tokens, tmp_path):
     before = model(tokens).logits
     model.resize_token_embeddings(70)
     assert torch.equal(model(tokens).logits[..., :61], before)
+    assert torch.equal(fn.forward(model.tree(), tokens, model.config.model_config), model(tokens).logits)
     model.save_pretrained(tmp_path)
     assert rlm_mhc.load_pretrained(tmp_path)[1].vocab_size == 70
     model.resize_token_embeddings(700, mean_resizing=False)
