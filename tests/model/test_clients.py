@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -325,6 +326,9 @@ def test_transformers_serve_answers_as_openai_does(checkpoint, tmp_path):
             greedy = {"temperature": 0.0}
             text = ask("v1/completions", {"prompt": "stream", **greedy})
             chat = ask("v1/chat/completions", {"messages": [{"role": "user", "content": "row"}], **greedy})
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                ask("v1/completions", {"prompt": "stream", "max_tokens": 64, **greedy})
+            refusal = json.load(refused.value)["error"]
         finally:
             server.terminate()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
@@ -332,6 +336,9 @@ def test_transformers_serve_answers_as_openai_does(checkpoint, tmp_path):
     assert text["choices"][0]["text"] == tokenizer.decode(expected[0, 1:], skip_special_tokens=True)
     assert chat["choices"][0]["message"]["role"] == "assistant"
     assert chat["usage"]["completion_tokens"] == 4
+    assert refused.value.code == 400
+    assert refusal["code"] == "context_length_exceeded"
+    assert "65, more than max_seq_len=64" in refusal["message"]
 
 
 def test_a_program_that_does_not_import_the_package_is_led_to_it(checkpoint):
