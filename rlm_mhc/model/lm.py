@@ -17,6 +17,7 @@ from rlm_mhc.checkpoint.config_files import CONFIG_FILE, GENERATION_FILE
 from rlm_mhc.checkpoint.tensors import add_checksums
 from rlm_mhc.checkpoint.weights import few, load_pretrained, weight_files
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.model.block import Block, Head, Norm, embedding_tree, linear_tree, norm_tree, tree_of
 from rlm_mhc.model.config import RLMConfig
 from rlm_mhc.params import INIT_STD, Linear, LMParams, weight_table
@@ -128,7 +129,7 @@ class RLMModel(PreTrainedModel, GenerationMixin):
             **options: for the attention function and the loss.
 
         Raises:
-            ValueError: on both or neither of `input_ids` and `inputs_embeds`, or more tokens than `max_seq_len`.
+            ValueError: on both or neither of `input_ids` and `inputs_embeds`, no token, or more than `max_seq_len`.
         """
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -141,6 +142,7 @@ class RLMModel(PreTrainedModel, GenerationMixin):
             x = inputs_embeds
         else:
             raise ValueError("give either input_ids or inputs_embeds")
+        require_entries("tokens" if input_ids is not None else "inputs_embeds", x[..., 0])
         if x.shape[1] > self.shape.max_seq_len:
             raise ValueError(
                 f"sequence of {x.shape[1]} tokens: longer than max_seq_len={self.shape.max_seq_len} of the model"
