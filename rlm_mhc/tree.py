@@ -1,16 +1,21 @@
 """Trees of tensors under their dotted names: `layers.3.attn_mhc.phi` is the field path and the file key alike.
 
-A tree is nested tuples, NamedTuples, lists and dicts, as for torch's own pytrees, which take these trees as they are;
-walking them here costs a tenth of it, and a step walks its parameters a dozen times. An absent weight is `()`.
+A tree is nested tuples, NamedTuples, lists and mappings, as for torch's own pytrees, which take these trees as they
+are; walking them here costs a tenth of it, and a step walks its parameters a dozen times. An absent weight is `()`.
+Several trees are paired as by `torch.utils._pytree`: sequences by position, mappings by key, in the order of the first
+tree; other structures are errors.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Tree = TypeVar("Tree")
+# Most leaves are of these types: the walks below take no call for them.
+ATOMS = (Tensor, bool, str, int, float)
 
 
 def tree_leaves(tree: Any) -> list[Any]:
@@ -25,35 +30,57 @@ def tree_leaves(tree: Any) -> list[Any]:
 
 
 def tree_map(f: Callable[..., Any], tree: Tree, *rest: Any) -> Any:
-    """`f(leaf, *leaves of rest)` over trees of one structure, in that structure.
+    """`f(leaf, *leaves of rest)` over trees of one structure, in that structure; mappings are paired by key.
 
     Raises:
-        ValueError: when the trees differ in their number of leaves.
+        ValueError: naming the first place where the structures differ.
+
+    >>> tree_map(lambda a, b: a - b, {"a": 1, "b": 2}, {"b": 20, "a": 10})
+    {'a': -9, 'b': -18}
     """
-    columns = (tree_leaves(other) for other in (tree, *rest))
-    return rebuild(tree, (f(*row) for row in zip(*columns, strict=True)))
+    if not rest:
+        return _map(f, tree)
+    try:
+        return _map(f, tree, *rest)
+    except _StructureError:
+        differences = (_difference(tree, other, "") for other in rest)
+        raise ValueError(f"trees of different structure: {next(filter(None, differences))}") from None
+
+
+def tree_rows(tree: Any, *rest: Any) -> list[tuple[Any, ...]]:
+    """The arguments that `tree_map` calls with: of each leaf of the first tree, it and those of the rest.
+
+    Raises:
+        ValueError: as `tree_map`.
+
+    >>> tree_rows((1, {"a": 2}), (3, {"a": 4}))
+    [(1, 3), (2, 4)]
+    """
+    rows: list[tuple[Any, ...]] = []
+    tree_map(lambda *row: rows.append(row), tree, *rest)
+    return rows
 
 
 def rebuild(example: Tree, leaves: Iterator[Any]) -> Tree:
-    """The tree of `example`'s structure that holds the next leaves of an iterator.
+    """The tree of `example`'s structure that holds the next leaves of an iterator; a mapping keeps its type.
+
+    Raises:
+        ValueError: when there are too few leaves.
 
     >>> rebuild((0, [0, ()]), iter([1, 2]))
     (1, [2, ()])
     """
-    kind: Any = type(example)
-    if kind is tuple:
-        return tuple(rebuild(child, leaves) for child in example)  # type: ignore[attr-defined,return-value]
-    if hasattr(kind, "_fields"):
-        return kind(*(rebuild(child, leaves) for child in example))  # type: ignore[attr-defined]
-    if kind is list:
-        return [rebuild(child, leaves) for child in example]  # type: ignore[attr-defined,return-value]
-    if kind is dict:
-        return {key: rebuild(child, leaves) for key, child in example.items()}  # type: ignore[attr-defined,return-value]
-    return next(leaves)
+    try:
+        return _map(lambda _: next(leaves), example)
+    except StopIteration:
+        raise ValueError(f"fewer leaves than the {len(tree_leaves(example))} of the structure") from None
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Dotted name → leaf, in tree order; an absent weight is `()` and has no name.
+
+    Raises:
+        ValueError: when two leaves have one name, as in `{"a.b": 1, "a": {"b": 2}}`.
 
     >>> from rlm_mhc.params import MHCParams
     >>> list(named_leaves((MHCParams(1, 2, 3),)))
@@ -112,28 +139,116 @@ def unravel(vector: Tensor, example: Tree) -> Tree:
     return rebuild(example, (part.view(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)))
 
 
+class _StructureError(Exception):
+    pass
+
+
+def _is_sequence(tree: Any) -> bool:
+    kind = type(tree)
+    return kind is tuple or kind is list or (hasattr(kind, "_fields") and isinstance(tree, tuple))
+
+
+def _is_mapping(tree: Any) -> bool:
+    # The check against the abstract class costs several times the look for `keys`, which most leaves lack.
+    kind = type(tree)
+    return kind is dict or (hasattr(kind, "keys") and isinstance(tree, Mapping))
+
+
 def _collect(tree: Any, into: list[Any]) -> None:
-    kind: Any = type(tree)
-    if kind is tuple or kind is list or hasattr(kind, "_fields"):
-        for child in tree:
-            _collect(child, into)
-    elif kind is dict:
-        for child in tree.values():
-            _collect(child, into)
+    kind = type(tree)
+    if kind is tuple or kind is list or (hasattr(kind, "_fields") and isinstance(tree, tuple)):
+        children = tree
+    elif _is_mapping(tree):
+        children = tree.values()
     else:
         into.append(tree)
+        return
+    for child in children:
+        if isinstance(child, ATOMS):
+            into.append(child)
+        else:
+            _collect(child, into)
+
+
+def _map(f: Callable[..., Any], example: Any, *rest: Any) -> Any:
+    """`f` over the leaves of trees, which share the structure of the first."""
+    kind = type(example)
+    if kind is tuple or kind is list or (hasattr(kind, "_fields") and isinstance(example, tuple)):
+        for other in rest:
+            if type(other) is not kind or len(other) != len(example):
+                raise _StructureError
+        rows: Any = zip(example, *rest)  # noqa: B905, which would check lengths again
+    elif _is_mapping(example):
+        for other in rest:
+            if not _is_mapping(other) or other.keys() != example.keys():
+                raise _StructureError
+        rows = [(child, *(other[key] for other in rest)) for key, child in example.items()]
+    else:
+        for other in rest:
+            if _is_sequence(other) or _is_mapping(other):
+                raise _StructureError
+        return f(example, *rest)
+    children = []
+    for row in rows:
+        for child in row:
+            if not isinstance(child, ATOMS):
+                children.append(_map(f, *row))
+                break
+        else:
+            children.append(f(*row))
+    return children if kind is list else tuple(children) if kind is tuple else _filled(example, children)
+
+
+def _filled(example: Any, children: list[Any]) -> Any:
+    """The node of the kind of `example` that holds these children."""
+    kind = type(example)
+    if isinstance(example, tuple):
+        return kind(*children)
+    items = dict(zip(example, children, strict=True))
+    if kind is dict:
+        return items
+    if not isinstance(example, MutableMapping):
+        return kind(items)
+    filled = copy.copy(example)  # with what else it holds, such as the factory of a defaultdict
+    for key, child in items.items():
+        filled[key] = child
+    return filled
+
+
+def _difference(example: Any, tree: Any, name: str) -> str | None:
+    """The first place where the structures differ, in words; None where they are equal."""
+    place = repr(name[:-1]) if name else "the root"
+    mappings = _is_mapping(example) and _is_mapping(tree)
+    alike = mappings or (_is_sequence(example) and type(tree) is type(example))
+    if not alike:
+        expected, found = (type(x).__name__ if _is_sequence(x) or _is_mapping(x) else "" for x in (example, tree))
+        return f"{place} is {found or 'a leaf'}, expected {expected or 'a leaf'}" if expected or found else None
+    if mappings and tree.keys() != example.keys():
+        missing, unknown = (sorted(map(repr, a.keys() - b.keys())) for a, b in ((example, tree), (tree, example)))
+        return f"{place} lacks the keys [{', '.join(missing)}] and has [{', '.join(unknown)}] beside those expected"
+    if len(tree) != len(example):
+        return f"{place} has {len(tree)} entries, expected {len(example)}"
+    keys: Any = example if mappings else getattr(example, "_fields", range(len(example)))
+    twins = [tree[key] for key in example] if mappings else tree
+    for key, child, twin in zip(keys, example.values() if mappings else example, twins, strict=True):
+        if found := _difference(child, twin, f"{name}{key}."):
+            return found
+    return None
 
 
 def _collect_named(tree: Any, prefix: str, into: dict[str, Any]) -> None:
-    kind: Any = type(tree)
-    if hasattr(kind, "_fields"):
-        children = zip(kind._fields, tree, strict=True)
+    kind = type(tree)
+    if hasattr(kind, "_fields") and isinstance(tree, tuple):
+        children: Any = zip(kind._fields, tree)  # noqa: B905, for speed
     elif kind is tuple or kind is list:
-        children = enumerate(tree)  # type: ignore[assignment]
-    elif kind is dict:
+        children = enumerate(tree)
+    elif _is_mapping(tree):
         children = tree.items()
     else:
-        into[prefix[:-1]] = tree
+        name = prefix[:-1]
+        if name in into:
+            raise ValueError(f"two leaves have the name {name!r}: rename one of the keys that contain a dot")
+        into[name] = tree
         return
     for key, child in children:
         _collect_named(child, f"{prefix}{key}.", into)

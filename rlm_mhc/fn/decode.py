@@ -14,6 +14,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
 from rlm_mhc.fn.cache import Cache, write_at, write_first
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.fn.lm import embed, head
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import LMParams
@@ -48,7 +49,7 @@ def prefill(
             be differentiated.
 
     Raises:
-        ValueError: when the cache has no room for s tokens, or is one of another model or batch.
+        ValueError: when there is no token, the cache has no room for s, or it is one of another model or batch.
 
     >>> from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
@@ -56,9 +57,10 @@ def prefill(
     >>> logits.shape, cache.lengths
     (torch.Size([1, 4096]), tensor([3]))
     """
+    require_entries("tokens", tokens)
     length = tokens.shape[-1]
     _require_fit(cache, tokens.shape[:-1], config)
-    if not 1 <= length <= cache.size:
+    if length > cache.size:
         raise ValueError(f"prompt of {length} tokens: the cache has room for 1 to {cache.size}")
     if lengths is None:
         lengths = torch.full(tokens.shape[:-1], length, device=tokens.device)

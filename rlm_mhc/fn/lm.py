@@ -9,6 +9,7 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.mhc import EarlyPre, collapse_learned, collapse_streams, expand_streams
 from rlm_mhc.fn.rope import rotary_table
@@ -35,7 +36,7 @@ def forward(params: LMParams, tokens: Tokens, config: ModelConfig, kernels: Kern
         kernels: the operations to run it with.
 
     Raises:
-        ValueError: when the sequence is longer than `config.max_seq_len`.
+        ValueError: when there is no token, or the sequence is longer than `config.max_seq_len`.
 
     >>> from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
@@ -60,8 +61,9 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
     """The rotary table for the tokens' positions `0 … s-1`.
 
     Raises:
-        ValueError: when the sequence is longer than `config.max_seq_len`.
+        ValueError: when there is no token, or the sequence is longer than `config.max_seq_len`.
     """
+    require_entries("tokens", tokens)
     length = tokens.shape[-1]
     if length > config.max_seq_len:
         raise ValueError(f"sequence of {length} tokens: longer than max_seq_len={config.max_seq_len} of the model")

@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.layout import require_entries, require_shape
 from rlm_mhc.fn.lm import forward
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import LMParams
@@ -23,6 +25,9 @@ class Batch(NamedTuple):
 def loss(params: LMParams, batch: Batch, config: ModelConfig, kernels: Kernels = REFERENCE) -> Scalar:
     """Mean cross-entropy in nats over the counted targets; 0 where none is counted.
 
+    Raises:
+        ValueError: when there is no token, the targets have another shape, or a sequence is too long.
+
     >>> import torch; from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
     >>> batch = fn.Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, -100]]))
@@ -30,8 +35,21 @@ def loss(params: LMParams, batch: Batch, config: ModelConfig, kernels: Kernels =
     >>> abs(value.item() - torch.tensor(4096.0).log().item()) < 0.5
     True
     """
+    require_pairs(batch)
     logits = forward(params, batch.tokens, config, kernels)
     return token_loss_sum(logits, batch.targets) / count_targets(batch.targets).clamp(min=1)
+
+
+def require_pairs(batch: Batch) -> None:
+    """Refuse a batch that is not one whole-number target for each of at least one whole-number token.
+
+    Raises:
+        ValueError: naming tokens or targets, what they are and what is expected.
+    """
+    tokens, targets = batch
+    require_entries("tokens", tokens)
+    require_shape("tokens", tokens, tokens.device, tuple(tokens.shape), torch.int64, torch.int32)
+    require_shape("targets", targets, tokens.device, tuple(tokens.shape), torch.int64)
 
 
 def token_loss_sum(logits: Logits, targets: Tokens) -> Scalar:

@@ -1,16 +1,25 @@
 """AdamW and gradient clipping as functions of trees."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.optim.adamw import adamw as torch_adamw
 
-from rlm_mhc.tree import tree_leaves, tree_map
+from rlm_mhc.fn.layout import overlap, packed, require_shape, unshared
+from rlm_mhc.fn.norm import widen
+from rlm_mhc.tree import named_leaves, rebuild, tree_leaves, tree_map, tree_rows
 from rlm_mhc.types import Scalar
 
 Tree = TypeVar("Tree")
+Array = Float[Tensor, "*shape"]
+# Squares are summed in the leaf's own precision over this many entries, and the sums of them in fp64.
+PIECE = 1 << 14
+# A copy of so many entries in a wider dtype stays in the cache.
+WIDENED_AT_ONCE = 64 * PIECE
 
 
 class AdamWState(NamedTuple):
@@ -21,6 +30,25 @@ class AdamWState(NamedTuple):
     step: Tensor
 
 
+class Hyperparameters(NamedTuple):
+    """What all leaves of an update share; see `adamw`."""
+
+    lr: float | Tensor
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+class Leaves(NamedTuple):
+    """The leaves of the trees of an update, as lists of the same order."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avg: Sequence[Tensor]
+    exp_avg_sq: Sequence[Tensor]
+
+
 def adamw_init(params: Any) -> AdamWState:
     """Zero moments for a tree of parameters.
 
@@ -29,13 +57,12 @@ def adamw_init(params: Any) -> AdamWState:
     """
     device = tree_leaves(params)[0].device
     return AdamWState(
-        tree_map(torch.zeros_like, params),
-        tree_map(torch.zeros_like, params),
+        tree_map(_packed_zeros, params),
+        tree_map(_packed_zeros, params),
         torch.zeros((), dtype=torch.float32, device=device),
     )
 
 
-@torch.no_grad()
 def adamw(
     params: Tree,
     grads: Tree,
@@ -50,7 +77,11 @@ def adamw(
     found_inf: Tensor | None = None,
     donate: bool = False,
 ) -> tuple[Tree, AdamWState]:
-    """One update: `p ← p - lr · (m̂ / (sqrt(v̂) + eps) + weight_decay · p)`, by torch's own functional AdamW.
+    """One update: `p ← p - lr · (m̂ / (sqrt(v̂) + eps) + weight_decay · p)`.
+
+    It runs torch's fused AdamW. Under a transform (`torch.func.grad`, `jvp`, `vmap`), or where an input requires grad,
+    and under `torch.compile`, it is computed by the formula, and can be differentiated with respect to every tensor.
+    Under `torch.no_grad()` and with `donate` inputs that require grad are updated by the fused one.
 
     Args:
         params: the tree to update, and `grads` of the same structure.
@@ -63,7 +94,12 @@ def adamw(
         weight_decay: decoupled from the gradient.
         grad_scale: divides the gradients first, which fuses clipping and the unscaling of a scaled loss.
         found_inf: 1.0 leaves parameters and state as they are, 0.0 updates them; both 0-d fp32.
-        donate: update in place; the arguments, gradients included, must not be used again.
+        donate: update in place; the arguments, gradients included, must not be used again. Weights and moments must
+            not share memory.
+
+    Raises:
+        ValueError: when the trees differ in structure, when a gradient or moment differs from its weight in shape,
+            dtype or device, and when what is updated in place shares memory.
 
     Source: Loshchilov & Hutter, arXiv 1711.05101; `torch.optim.adamw.adamw`.
 
@@ -71,55 +107,177 @@ def adamw(
     >>> params
     (tensor([0.9000]),)
     """
-    if not donate:
-        params, state = tree_map(torch.clone, params), tree_map(torch.clone, state)
-        if grad_scale is not None:  # torch divides in place
-            grads = tree_map(torch.clone, grads)
-    columns = map(tree_leaves, (params, grads, state.exp_avg, state.exp_avg_sq, decay))
-    rows = list(zip(*columns, strict=True))
-    for decayed, rate in ((True, weight_decay), (False, 0.0)):
-        chosen = [row[:4] for row in rows if bool(row[4]) == decayed]
-        if not chosen:
-            continue
-        values, gradients, exp_avgs, exp_avg_sqs = map(list, zip(*chosen, strict=True))
+    rows = tree_rows(params, grads, state.exp_avg, state.exp_avg_sq, decay)
+    leaves = Leaves(*([row[part] for row in rows] for part in range(4)))
+    rates = [weight_decay if row[4] else 0.0 for row in rows]
+    _require_equal(leaves, params)
+    hyper = Hyperparameters(lr, betas, eps, grad_scale, found_inf)
+    step = state.step + (1 if found_inf is None else 1 - found_inf)
+    if _is_differentiated((*(x for column in leaves for x in column), *hyper, state.step), donate):
+        updated = [adamw_leaf(*row[:4], state.step, hyper, rate) for row, rate in zip(rows, rates, strict=True)]
+    elif donate:
+        _require_apart(leaves, params)
+        _update_in_place(leaves, rates, state.step, hyper)
+        return params, AdamWState(state.exp_avg, state.exp_avg_sq, step)
+    else:
+        own = _copied(leaves, grads=grad_scale is not None)
+        _fused(own, rates, state.step, hyper)
+        updated = list(zip(own.params, own.exp_avg, own.exp_avg_sq, strict=True))
+    values, exp_avg, exp_avg_sq = (rebuild(params, (row[part] for row in updated)) for part in range(3))
+    return values, AdamWState(exp_avg, exp_avg_sq, step)
+
+
+def adamw_leaf(
+    p: Array, g: Array, exp_avg: Array, exp_avg_sq: Array, step: Scalar, hyper: Hyperparameters, weight_decay: float
+) -> tuple[Array, Array, Array]:
+    """`adamw` of one leaf by the formula, in fp32 or wider: its new value and moments, in the dtypes of the old ones.
+
+    Where the second moment is 0 its root counts as constant, so that the derivative is finite.
+
+    >>> adamw_leaf(*[torch.ones(1)] * 2, *[torch.zeros(1)] * 2, torch.tensor(0.0), Hyperparameters(lr=0.1), 0.0)[0]
+    tensor([0.9000])
+    """
+    old = p, exp_avg, exp_avg_sq
+    p, g, m, v = (widen(x) for x in (p, g, exp_avg, exp_avg_sq))
+    lr, (beta1, beta2), eps, grad_scale, found_inf = hyper
+    if grad_scale is not None:
+        g = g / grad_scale
+    if found_inf is not None:
+        g = torch.where(found_inf > 0, 0.0, g)  # also what is not chosen below must be finite for derivatives to be
+    done = step.double() + 1
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g.square()
+    root = torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0) / (1 - beta2**done).sqrt()
+    p = p * (1 - lr * weight_decay) - lr / (1 - beta1**done) * (m / (root + eps))
+    new = [x.to(before.dtype) for x, before in zip((p, m, v), old, strict=True)]
+    if found_inf is not None:
+        new = [torch.where(found_inf > 0, before, x) for x, before in zip(new, old, strict=True)]
+    return new[0], new[1], new[2]
+
+
+@torch.no_grad()
+def _fused(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperparameters) -> None:
+    """Update packed leaves in place by torch's own functional AdamW."""
+    for rate in sorted(set(rates)):
+        chosen = [number for number, its in enumerate(rates) if its == rate]
+        values, grads, exp_avgs, exp_avg_sqs = ([column[number] for number in chosen] for column in leaves)
         torch_adamw(
             values,
-            gradients,
+            grads,
             exp_avgs,
             exp_avg_sqs,
             max_exp_avg_sqs=[],
             # torch counts updates once per leaf, in place: each gets its own counter.
-            state_steps=[state.step.clone() for _ in values],
+            state_steps=[step.clone() for _ in values],
             fused=True,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            grad_scale=hyper.grad_scale,
+            found_inf=hyper.found_inf,
             amsgrad=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
+            beta1=hyper.betas[0],
+            beta2=hyper.betas[1],
+            lr=hyper.lr,
             weight_decay=rate,
-            eps=eps,
+            eps=hyper.eps,
             maximize=False,
         )
-    done = 1 if found_inf is None else 1 - found_inf
-    return params, AdamWState(state.exp_avg, state.exp_avg_sq, state.step + done)
+
+
+@torch.no_grad()
+def _update_in_place(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperparameters) -> None:
+    """`_fused` of leaves of any layout."""
+    own = Leaves(*([packed(x) for x in column] for column in leaves))
+    if hyper.grad_scale is not None:  # torch divides the gradients in place
+        own = own._replace(grads=unshared(own.grads))
+    _fused(own, rates, step, hyper)
+    for part in ("params", "exp_avg", "exp_avg_sq"):
+        for target, source in zip(getattr(leaves, part), getattr(own, part), strict=True):
+            if target is not source:
+                target.copy_(source)
+
+
+@torch.no_grad()
+def _copied(leaves: Leaves, grads: bool) -> Leaves:
+    """Packed leaves, weights and moments in memory of their own, and gradients where asked for."""
+    shared = {} if grads else {"grads": [packed(g) for g in leaves.grads]}
+    copies = {
+        part: [x.clone(memory_format=torch.contiguous_format) for x in column]
+        for part, column in leaves._asdict().items()
+        if part not in shared
+    }
+    return Leaves(**copies, **shared)
+
+
+def _packed_zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+
+def _is_differentiated(inputs: Sequence[Any], donate: bool) -> bool:
+    """Whether a transform or autograd follows any of them; donated ones are nobody's to differentiate.
+
+    `torch.compile` does not say, and takes the formula alone.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    recorded = torch.is_grad_enabled() and not donate
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    # PyTorch shows the level of forward mode under no public name.
+    return forward_ad._current_level >= 0 or any(
+        wrapped(x) or (recorded and x.requires_grad) for x in inputs if isinstance(x, Tensor)
+    )
+
+
+def _require_equal(leaves: Leaves, params: Any) -> None:
+    """Refuse gradients and moments that differ from their weight in shape, dtype or device."""
+    for part in Leaves._fields[1:]:
+        for number, (p, x) in enumerate(zip(leaves.params, getattr(leaves, part), strict=True)):
+            if x.shape != p.shape or x.dtype != p.dtype or x.device != p.device:
+                require_shape(f"{part} of {_name(params, number)}", x, p.device, tuple(p.shape), p.dtype)
+
+
+def _require_apart(leaves: Leaves, params: Any) -> None:
+    """Refuse weights and moments that share memory with one another or with a gradient."""
+    count = len(leaves.params)
+    places = overlap([*leaves.params, *leaves.exp_avg, *leaves.exp_avg_sq], leaves.grads)
+    if places is not None:
+        parts = ("params", "exp_avg", "exp_avg_sq", "grads")
+        one, other = (f"{parts[place // count]} of {_name(params, place % count)}" for place in places)
+        raise ValueError(
+            f"{one} and {other} share memory, and donate=True updates in place: clone one of them, or leave out donate"
+        )
+
+
+def _name(params: Any, number: int) -> str:
+    return repr(list(named_leaves(params))[number])
 
 
 def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
-    """`sqrt(Σ x²)` of each leaf, in tree order.
+    """`sqrt(Σ x²)` of each leaf, in tree order, in fp32 or wider, to a relative error of about 1e-7.
 
     >>> leaf_norms((torch.tensor([3.0, 4.0]), torch.tensor([2.0])))
     tensor([5., 2.])
     """
     leaves = tree_leaves(tree)
-    if {(leaf.device.type, leaf.dtype) for leaf in leaves} == {("cpu", torch.float32)}:
-        # On the CPU torch's norm of a list runs on one thread; a dot product runs on all.
-        return torch.stack([torch.dot(leaf.reshape(-1), leaf.reshape(-1)) for leaf in leaves]).sqrt()
-    return torch.stack(torch._foreach_norm(leaves))
+    if not leaves:
+        return torch.zeros(0)
+    if {(leaf.is_cuda, leaf.dtype) for leaf in leaves} == {(True, leaves[0].dtype)}:
+        # One launch for all; blocks of threads sum pieces of about this size there.
+        return torch.stack(torch._foreach_norm(leaves, 2, torch.promote_types(leaves[0].dtype, torch.float32)))
+    return torch.stack([_norm(leaf) for leaf in leaves])
+
+
+def _norm(x: Array) -> Scalar:
+    flat = x.reshape(-1)
+    if len(flat) <= PIECE:
+        return torch.linalg.vector_norm(widen(flat))
+    whole = len(flat) // PIECE * PIECE
+    chunks = (widen(chunk).view(-1, PIECE) for chunk in flat[:whole].split(WIDENED_AT_ONCE))
+    pieces = [torch.linalg.vector_norm(chunk, dim=-1) for chunk in chunks]
+    pieces.append(torch.linalg.vector_norm(widen(flat[whole:]), keepdim=True))
+    return torch.linalg.vector_norm(torch.cat(pieces).double()).to(pieces[0].dtype)
 
 
 def global_norm(tree: Any) -> Scalar:
-    """`sqrt(Σ x²)` over all leaves.
+    """`sqrt(Σ x²)` over all leaves, in fp32 or wider; 0 where there are none.
 
     >>> global_norm((torch.tensor([3.0]), torch.tensor([4.0])))
     tensor(5.)
@@ -128,7 +286,7 @@ def global_norm(tree: Any) -> Scalar:
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Scalar]:
-    """Scale all gradients by `min(1, max_norm / norm)`; also returns the norm before clipping.
+    """Scale all gradients by `min(1, max_norm / norm)`, in their dtypes; also returns the norm before clipping.
 
     Raises:
         ValueError: unless `max_norm > 0`.
@@ -140,4 +298,4 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Scalar]:
         raise ValueError(f"max_norm={max_norm}: expected a number above 0")
     norm = global_norm(grads)
     scale = max_norm / norm.clamp(min=max_norm)
-    return tree_map(lambda g: g * scale.to(g.dtype), grads), norm
+    return tree_map(lambda g: (g * scale).to(g.dtype), grads), norm

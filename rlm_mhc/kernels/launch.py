@@ -10,7 +10,6 @@ from torch import Tensor
 
 LEAST_CAPABILITY = (8, 0)
 MOST_STREAMS, WIDTH_MULTIPLE, MOST_ITERATIONS = 16, 16, 64
-ALIGNMENT = 16
 STREAM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -53,30 +52,6 @@ def require_streams(streams: Tensor) -> None:
         raise ValueError(f"streams {list(streams.shape)}: expected [*b, n, c] with n from 1 to {MOST_STREAMS}")
     if streams.shape[-1] < 1 or streams.shape[-1] % WIDTH_MULTIPLE:
         raise ValueError(f"width {streams.shape[-1]}: the Triton kernels take multiples of {WIDTH_MULTIPLE}")
-
-
-def require_shape(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    """Refuse a tensor of another shape or dtype, or on another device than the streams.
-
-    Raises:
-        ValueError: naming it, what it is and what is expected.
-    """
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}: expected {device}, as the streams")
-    if tuple(x.shape) != tuple(shape) or x.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name} {x.dtype} {list(x.shape)}: expected {expected} {list(shape)}")
-
-
-def flat(x: Tensor, axes: int) -> Tensor:
-    """`x` with one axis of tokens before its last `axes`, as kernels take it."""
-    return aligned(x.reshape(-1, *x.shape[x.dim() - axes :]))
-
-
-def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy where it is not contiguous, or begins off 16 bytes, for which Triton would compile anew."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple
 
 from rlm_mhc import fn
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.model.block import Block, Head, Norm, embedding_tree, norm_tree, tree_of
 from rlm_mhc.model.config import RLMConfig
 from rlm_mhc.model.pretrained import RLMPreTrainedModel
@@ -92,7 +93,7 @@ class RLMBackbone(RLMPreTrainedModel):
             **options: for the attention function; `return_dict=False` returns a tuple.
 
         Raises:
-            ValueError: on both or neither of `input_ids` and `inputs_embeds`, or more tokens than `max_seq_len`.
+            ValueError: on both or neither of `input_ids` and `inputs_embeds`, no token, or more than `max_seq_len`.
         """
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -134,6 +135,7 @@ class RLMBackbone(RLMPreTrainedModel):
             x = inputs_embeds
         else:
             raise ValueError("give either input_ids or inputs_embeds")
+        require_entries("tokens" if input_ids is not None else "inputs_embeds", x[..., 0])
         return x
 
     def _require_fit(self, seen: Any, count: int, position_ids: Tensor | None) -> None:

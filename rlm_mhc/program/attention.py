@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlm_mhc.fn.attention import causal_attention
 from rlm_mhc.fn.kernels import Differentiable
+from rlm_mhc.fn.layout import require_heads, require_shape, rows
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.program.stage import Stage, Weights, stage
 
@@ -57,7 +58,8 @@ def _choose(q: Tensor) -> str:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
-    q, k, v = (_rows(x) for x in (q, k, v))
+    require_heads(q, k, v)
+    q, k, v = (rows(x) for x in (q, k, v))
     kind = _choose(q)
     if kind == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
@@ -74,7 +76,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
 
 
 def _backward(qkv: Heads, saved: Any, cotangent: Tensor) -> Heads:
-    cotangent, q, k, v = (_rows(x) for x in (cotangent, *qkv))
+    require_heads(*qkv)
+    require_shape("cotangent", cotangent, qkv[0].device, tuple(qkv[0].shape), qkv[0].dtype)
+    cotangent, q, k, v = (rows(x) for x in (cotangent, *qkv))
     kind = _choose(q)
     if kind == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(cotangent, q, k, v, *saved, 0.0, True)
@@ -92,11 +96,6 @@ def _backward(qkv: Heads, saved: Any, cotangent: Tensor) -> Heads:
         )
         return gq, _sum_groups(gk, k), _sum_groups(gv, v)
     return _plain_backward((q, k, v), saved, cotangent)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` with adjacent entries in its last axis: called directly, the kernels read it so, whatever its strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _plain_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
+from rlm_mhc.fn.layout import unshared
 from rlm_mhc.fn.lm import positions, require_kind
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.program.functions import Announce, Functions, make_functions, stored_every
 from rlm_mhc.program.microbatch import run_microbatch
 from rlm_mhc.program.monitors import Sampled
-from rlm_mhc.program.parametrization import Parametrization
+from rlm_mhc.program.parametrization import Parametrization, constant
 from rlm_mhc.program.stage import Weights
 from rlm_mhc.tree import named_leaves, ravel, rebuild, size, tree_leaves, tree_map, unravel
 
@@ -61,6 +62,7 @@ def make_gradients(
         return make_functions(config, kernels, remat, flat=joined, compiled=compiled, announce=announce, reads=reads)
 
     def gradients(trained: Any, microbatches: Sequence[Batch], scale: Tensor) -> Gradients:
+        trained = tree_map(constant, trained)
         params = parametrization.top(trained) if parametrization else trained
         require_kind(params, config)
         matrix, tokens = params.embed_tokens.weight, microbatches[0].tokens
@@ -134,6 +136,7 @@ def _add(
     if sums[index] is None:
         sums[index] = grads
     else:
+        sums[index] = unshared(sums[index])
         torch._foreach_add_(sums[index], grads)
     if reduce is not None:
         sums[index] = [reduce(part) for part in sums[index]]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlm_mhc.fn.layout import packed
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.mhc import streams_of
 from rlm_mhc.params import LMParams
@@ -72,4 +73,4 @@ def _add_rows(matrix: Tensor, tokens: Tensor, rows: Tensor) -> None:
     if matrix.is_cpu:
         matrix.index_add_(0, tokens, rows)
     else:  # there index_add_ has no fixed order, and this has
-        matrix.add_(torch.ops.aten.embedding_dense_backward(rows, tokens, len(matrix), -1, False))
+        matrix.add_(torch.ops.aten.embedding_dense_backward(packed(rows), packed(tokens), len(matrix), -1, False))

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.fn.lora import LoraParams, lora_decay_mask, lora_merge_layer, lora_pull_layer, lora_reads
 from rlm_mhc.params import Layer, LMParams
+from rlm_mhc.tree import tree_map
 
 
 class Parametrization(NamedTuple):
@@ -28,7 +30,7 @@ class Parametrization(NamedTuple):
 
 def lora_parametrization(base: LMParams, example: LoraParams, lora: LoraConfig) -> Parametrization:
     """Adapters like `example` to weights that stay as they are, in the dtypes that the model is run with."""
-    scale = lora.scale
+    base, scale = tree_map(constant, base), lora.scale
     return Parametrization(
         top=lambda trained: base._replace(layers=(), head_mhc=trained.head_mhc or base.head_mhc),
         layer=lambda trained, index: lora_merge_layer(base.layers[index], trained.layers[index], scale),
@@ -36,3 +38,14 @@ def lora_parametrization(base: LMParams, example: LoraParams, lora: LoraConfig) 
         reads=lora_reads(base.layers[0], example.layers[0]),
         decay=lora_decay_mask(example),
     )
+
+
+def constant(x: Tensor) -> Tensor:
+    """`x` as a program takes weights, whose gradients it computes itself: without a graph of autograd's.
+
+    Raises:
+        ValueError: under a transform of `torch.func`, which would find nothing to differentiate.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise ValueError("a train step cannot be transformed by torch.func: differentiate fn.loss and fn.adamw")
+    return x.detach() if x.requires_grad else x

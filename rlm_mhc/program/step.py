@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.loss import Batch, count_targets
+from rlm_mhc.fn.loss import Batch, count_targets, require_pairs
 from rlm_mhc.fn.optim import adamw, leaf_norms
 from rlm_mhc.fn.schedule import cosine_schedule
 from rlm_mhc.params import cast, decay_mask
@@ -61,7 +61,9 @@ def make_train_step(
         With fp16 also `loss_scale`.
 
     Raises:
-        ValueError: from the step, when the batch has another number of sequences, or the state is of another precision.
+        ValueError: from the step, when the batch is not `[sequences, s]` tokens in int64 or int32 and as many targets
+            in int64, with at least one token and the number of sequences that is expected; when the state is of another
+            precision; and under a transform of `torch.func`.
 
     >>> from rlm_mhc import fn
     >>> from rlm_mhc.program import init_train_state, make_train_step
@@ -108,7 +110,8 @@ def make_train_step(
             grad_scale = None  # nothing to divide by; on CUDA to look would be to wait
         lr = rate(state.step)
         options = dict(lr=lr, grad_scale=grad_scale, found_inf=skipped, donate=donate)
-        params, moments = update(state.params, grads, state.optimizer, decay, **options)
+        with torch.no_grad():  # weights may require grad, those of a module do; a step is not recorded
+            params, moments = update(state.params, grads, state.optimizer, decay, **options)
         metrics = {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": skipped, **mhc_metrics(sampled, loss)}
         metrics |= {f"grad_norm/layer_{number}": value for number, value in enumerate(norms[:-1].unbind())}
         next_scale = state.loss_scale
@@ -164,7 +167,10 @@ def _total(reduce: Callable[[Tensor], Any], value: Tensor) -> Tensor:
 
 
 def _microbatches(batch: Batch, train_config: TrainConfig) -> list[Batch]:
+    require_pairs(batch)
     expected = train_config.sequences_per_step
+    if batch.tokens.dim() != 2:
+        raise ValueError(f"tokens {list(batch.tokens.shape)}: expected [sequences, s]")
     if len(batch.tokens) != expected:
         raise ValueError(
             f"batch of {len(batch.tokens)} sequences: a step takes batch_size × gradient_accumulation_steps "

@@ -21,7 +21,7 @@ def evaluate(params: LMParams, run: RunConfig, data: Prepared, ranks: Ranks = AL
     training, config = run.training, run.model
     params = cast(params, config, COMPUTE_DTYPE[training.mixed_precision])
     device = params.norm.weight.device
-    sums = torch.zeros(2, device=device, dtype=torch.float32)
+    sums = torch.zeros(2, device=device, dtype=torch.float64)  # fp32 counts tokens up to 2²⁴
     with torch.no_grad():
         for number, batch in enumerate(eval_batches(data.evaluation, training.batch_size, training.eval_batches)):
             if number % ranks.world != ranks.rank:

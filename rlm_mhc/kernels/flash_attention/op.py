@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.fn.kernels import Differentiable
+from rlm_mhc.fn.layout import packed, require_heads, require_shape
 
 NO_WINDOW = -1
 
@@ -37,6 +38,7 @@ def require_flash_attention(head_dim: int) -> None:
 def _function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
+    require_heads(q, k, v)
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
     return flash_attn_func(q, k, v, causal=True).transpose(-2, -3)
 
@@ -44,7 +46,8 @@ def _function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
-    q, k, v = (x.transpose(-2, -3).contiguous() for x in (q, k, v))
+    require_heads(q, k, v)
+    q, k, v = (packed(x.transpose(-2, -3)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1])
     out, lse, _, random_state = _flash_attn_forward(
         q, k, v, 0.0, scale, True, NO_WINDOW, NO_WINDOW, 0.0, None, return_softmax=False
@@ -56,7 +59,9 @@ def _backward(inputs: tuple[Tensor, Tensor, Tensor], saved: Any, cotangent: Tens
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     out, lse, random_state = saved
-    q, k, v, g = (x.transpose(-2, -3).contiguous() for x in (*inputs, cotangent))
+    require_heads(*inputs)
+    require_shape("cotangent", cotangent, inputs[0].device, tuple(inputs[0].shape), inputs[0].dtype)
+    q, k, v, g = (packed(x.transpose(-2, -3)) for x in (*inputs, cotangent))
     gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scale = 1 / math.sqrt(q.shape[-1])
     _flash_attn_backward(

@@ -7,7 +7,8 @@ README.md beside this file derives the backward and counts the bytes. None of th
 import torch
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import flat, require_shape, require_streams, require_triton
+from rlm_mhc.fn.layout import flat, require_shape
+from rlm_mhc.kernels.launch import require_streams, require_triton
 
 _library = torch.library.Library("rlm_mhc", "FRAGMENT")
 _library.define("mix_post(Tensor streams, Tensor output, Tensor post, Tensor res) -> Tensor")

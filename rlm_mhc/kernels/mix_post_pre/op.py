@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import require_shape, require_triton
+from rlm_mhc.fn.layout import require_shape
+from rlm_mhc.kernels.launch import require_triton
 from rlm_mhc.kernels.mix_post.op import mix_post_backward
 from rlm_mhc.kernels.mix_pre.op import (
     FP32,

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlm_mhc.kernels.launch import MOST_ITERATIONS, aligned, flat, require_shape, require_streams, require_triton
+from rlm_mhc.fn.layout import aligned, flat, require_shape
+from rlm_mhc.kernels.launch import MOST_ITERATIONS, require_streams, require_triton
 
 FP32 = torch.float32
 _library = torch.library.Library("rlm_mhc", "FRAGMENT")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlm_mhc.fn.layout import packed, require_shape
 from rlm_mhc.kernels.native import load_native
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -42,8 +43,7 @@ def _check(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> Non
     shape, dtype = tuple(logits.shape), logits.dtype
     if dtype not in (torch.float32, torch.float64) or len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] < 1:
         raise ValueError(f"logits {dtype} {list(shape)}: expected fp32 or fp64, [*b, n, n] with n of at least 1")
-    if cotangent.shape != logits.shape or cotangent.dtype != dtype:
-        raise ValueError(f"cotangent {cotangent.dtype} {list(cotangent.shape)}: expected that of the logits")
+    require_shape("cotangent", cotangent, logits.device, shape, dtype)
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: expected at least 1")
     if eps < 0:
@@ -115,14 +115,16 @@ def _sinkhorn_backward(logits: Tensor, cotangent: Tensor, num_iters: int, eps: f
 
 
 def _native(logits: Tensor, cotangent: Tensor | None, num_iters: int, eps: float) -> Tensor | None:
+    # Again, since the op can be called by its name alone: what follows trusts sizes and dtypes.
+    _check(logits, logits if cotangent is None else cotangent, num_iters, eps)
     n = logits.shape[-1]
     small = n <= LARGEST_NATIVE_N and num_iters <= LARGEST_NATIVE_ITERS  # its memory grows with both
     library = load_native(SOURCE) if small else None
     if library is None:
         return None
     run = library.sinkhorn_float if logits.dtype == torch.float32 else library.sinkhorn_double
-    logits = logits.contiguous()
-    cotangent = None if cotangent is None else cotangent.contiguous()
+    logits = packed(logits)
+    cotangent = None if cotangent is None else packed(cotangent)
     out = torch.empty_like(logits)
     given = None if cotangent is None else ctypes.c_void_p(cotangent.data_ptr())
     tokens = ctypes.c_int64(logits.numel() // (n * n))
