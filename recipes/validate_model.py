@@ -188,7 +188,9 @@ def subject(run: ValidateConfig) -> Subject:
         params = fn.init(config, seed=run.seed, device=device)
     generator = torch.Generator().manual_seed(run.seed)
     length = min(LENGTH, config.max_seq_len)
-    tokens = torch.randint(config.vocab_size, (SEQUENCES, length + 1), generator=generator).to(device)
+    tokens = torch.randint(
+        config.vocab_size, (SEQUENCES, length + 1), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     return Subject(params, config, fn.Batch(tokens[:, :-1], tokens[:, 1:]), run.seed)
 
 

@@ -121,12 +121,13 @@ class WeightSpec:
         dtype = self.dtype(compute)
         if torch.device(device).type == "meta":
             return torch.empty(self.shape, dtype=dtype, device="meta")
-        mean = torch.as_tensor(self.mean, dtype=torch.float64).expand(self.shape)
+        mean = torch.tensor(self.mean, dtype=torch.float64, device="cpu").expand(self.shape)
         if self.std == 0:
             return mean.to(device=device, dtype=dtype, copy=True).contiguous()
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.randn(self.shape, generator=generator).mul_(self.std).add_(mean).to(device=device, dtype=dtype)
+        noise = torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.mul_(self.std).add_(mean).to(device=device, dtype=dtype)
 
 
 @functools.cache

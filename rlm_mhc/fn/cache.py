@@ -90,5 +90,7 @@ def write_at(
         return cached.scatter(-2, places[..., None, None, None].expand_as(new), new)
     # Not scatter_: the compiler would copy the whole cache for it, at every step.
     rows = cached.view(-1, *cached.shape[-3:])
-    rows[torch.arange(len(rows), device=rows.device), :, places.reshape(-1)] = new.reshape(-1, *new.shape[-3::2])
+    rows[torch.arange(len(rows), dtype=torch.int64, device=rows.device), :, places.reshape(-1)] = new.reshape(
+        -1, *new.shape[-3::2]
+    )
     return cached

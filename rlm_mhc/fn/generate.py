@@ -74,7 +74,7 @@ def generate(
     """
     steps = generate_steps(params, tokens, config, max_new_tokens=max_new_tokens, lengths=lengths, **how)
     b, s = tokens.shape
-    ends = torch.full((b,), s, device=tokens.device) if lengths is None else lengths
+    ends = lengths if lengths is not None else torch.full((b,), s, dtype=torch.int64, device=tokens.device)
     # One column more than there is room for: there goes what rows draw that have ended.
     out = F.pad(tokens * within(ends, s), (0, max_new_tokens + 1))
     for drawn, counted in steps:
@@ -125,7 +125,9 @@ def generate_steps(
     rule = build(Sampling, {"temperature": 0.0} | sampling)
     decoder = decoder or Decoder()
     size = cache_size or decoder.cache_size or tokens.shape[-1] + max_new_tokens
-    ends = torch.full(tokens.shape[:1], tokens.shape[-1], device=tokens.device) if lengths is None else lengths
+    ends = lengths
+    if ends is None:
+        ends = torch.full(tokens.shape[:1], tokens.shape[-1], dtype=torch.int64, device=tokens.device)
     _require_lengths(tokens, ends, max_new_tokens, size)
     _require_ids(stop_tokens, vocab_size, config)
     if rule.temperature > 0 and generator is None:
@@ -148,7 +150,8 @@ def generate_steps(
         kept = slice(vocab_size)
         return draw(logits[:, kept], rule, generator, None if seen is None else seen[:, kept])
 
-    return _steps(read, choose, cache, seen, torch.tensor(stop_tokens, device=tokens.device), max_new_tokens)
+    stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
+    return _steps(read, choose, cache, seen, stops, max_new_tokens)
 
 
 @torch.no_grad()
@@ -181,7 +184,7 @@ def within(lengths: PerRow, size: int) -> Bool[Tensor, "*b s"]:
     tensor([[ True, False],
             [ True,  True]])
     """
-    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
+    return torch.arange(size, dtype=torch.int64, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def _require_lengths(tokens: Tensor, lengths: Tensor, new: int, size: int) -> None:

@@ -64,10 +64,9 @@ def _init_adapter(weight: Tensor, rank: int, name: str) -> Adapter:
     out, into = weight.shape
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    uniform = torch.rand(rank, into, generator=generator)
-    return Adapter(
-        ((2 * uniform - 1) / math.sqrt(into)).to(weight.device), torch.zeros(out, rank, device=weight.device)
-    )
+    uniform = torch.rand(rank, into, generator=generator, dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(out, rank, dtype=torch.float32, device=weight.device)
+    return Adapter(((2 * uniform - 1) / math.sqrt(into)).to(weight.device), zeros)
 
 
 def lora_merge(base: LMParams, trained: LoraParams, scale: float) -> LMParams:

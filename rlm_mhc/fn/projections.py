@@ -72,8 +72,9 @@ def permutation_mixture(raw: Raw, n: int) -> StreamMatrix:
             [4.2484e-18, 1.0000e+00]])
     """
     orders = list(itertools.permutations(range(n)))
-    matrices = torch.tensor([[float(order[i] == j) for i in range(n) for j in range(n)] for order in orders])
-    return (raw.softmax(-1) @ matrices.to(raw)).unflatten(-1, (n, n))
+    entries = [[float(order[i] == j) for i in range(n) for j in range(n)] for order in orders]
+    matrices = torch.tensor(entries, dtype=raw.dtype, device=raw.device)
+    return (raw.softmax(-1) @ matrices).unflatten(-1, (n, n))
 
 
 def kronecker_product(raw: Raw, n: int) -> StreamMatrix:
@@ -103,9 +104,9 @@ def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> 
             [0., 1.]])
     """
     wide = n * block
-    rows, columns = torch.triu_indices(wide, wide, 1, device=raw.device)
+    rows, columns = torch.triu_indices(wide, wide, 1, dtype=torch.int64, device=raw.device)
     where = torch.zeros(wide, wide, dtype=torch.int64, device=raw.device)
-    order = torch.arange(raw.shape[-1], device=raw.device)
+    order = torch.arange(raw.shape[-1], dtype=torch.int64, device=raw.device)
     where = where.index_put((rows, columns), order).index_put((columns, rows), order)
     ones = torch.ones(wide, wide, dtype=torch.float64, device=raw.device)
     bounded = raw.double().clamp(-LARGEST_SKEW, LARGEST_SKEW)

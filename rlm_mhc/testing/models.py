@@ -49,14 +49,14 @@ def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
     """A tree with noise of that size on every weight: away from the symmetric start, gradients that should not be
     zero are not."""
     generator = torch.Generator().manual_seed(seed)
-    return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
+    return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype, device="cpu"), params)
 
 
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:
     """Random tokens and targets of a shape `[*b, s]`, a share of the targets ignored."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (*shape, 2), generator=generator)
-    mask = torch.rand(shape, generator=generator) < ignored
+    tokens = torch.randint(config.vocab_size, (*shape, 2), generator=generator, dtype=torch.int64, device="cpu")
+    mask = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < ignored
     return Batch(tokens[..., 0].contiguous(), tokens[..., 1].masked_fill(mask, -100))
 
 
