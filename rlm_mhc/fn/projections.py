@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import product
 from rlm_mhc.fn.sinkhorn import sinkhorn_knopp
 from rlm_mhc.types import StreamMatrix
 from rlm_mhc.variants import ORTHOSTOCHASTIC_BLOCK, projection_named
@@ -74,7 +75,7 @@ def permutation_mixture(raw: Raw, n: int) -> StreamMatrix:
     orders = list(itertools.permutations(range(n)))
     entries = [[float(order[i] == j) for i in range(n) for j in range(n)] for order in orders]
     matrices = torch.tensor(entries, dtype=raw.dtype, device=raw.device)
-    return (raw.softmax(-1) @ matrices).unflatten(-1, (n, n))
+    return product(raw.softmax(-1), matrices).unflatten(-1, (n, n))
 
 
 def kronecker_product(raw: Raw, n: int) -> StreamMatrix:
@@ -86,10 +87,11 @@ def kronecker_product(raw: Raw, n: int) -> StreamMatrix:
     """
     same, other = torch.sigmoid(raw), torch.sigmoid(-raw)
     factors = torch.stack([same, other, other, same], -1).unflatten(-1, (2, 2))
-    product = raw.new_ones(*raw.shape[:-1], 1, 1)
+    whole = raw.new_ones(*raw.shape[:-1], 1, 1)
     for factor in factors.unbind(-3):
-        product = torch.einsum("...ij,...kl->...ikjl", product, factor).flatten(-2).flatten(-3, -2)
-    return product
+        whole = whole[..., :, None, :, None] * factor[..., None, :, None, :]
+        whole = whole.flatten(-2).flatten(-3, -2)
+    return whole
 
 
 def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> StreamMatrix:

@@ -17,7 +17,9 @@ def default(request):
 
 
 def test_a_new_model_has_the_default_dtype_as_llama_and_mhc_at_least_fp32(default):
-    theirs = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=8))
+    theirs = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+    )
     assert {parameter.dtype for parameter in theirs.parameters()} == {default}
     config = small_config(mhc_preset="deepseek_v4")
     torch.manual_seed(5)
