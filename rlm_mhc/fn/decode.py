@@ -144,7 +144,7 @@ def _attend_cache(
     lengths: Tensor, visible: Tensor, donate: bool, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = write_at(keys, k, lengths, donate), write_at(values, v, lengths, donate)
-    return cached_attention(q, keys, values, visible), keys, values
+    return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), visible), keys, values
 
 
 def _keep(attend: Attend, cached: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

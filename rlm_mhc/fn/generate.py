@@ -12,6 +12,7 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.cache import Cache, init_cache
 from rlm_mhc.fn.decode import decode_step, prefill
+from rlm_mhc.fn.linear import embedding
 from rlm_mhc.fn.sample import Sampling, draw, mark
 from rlm_mhc.params import LMParams
 from rlm_mhc.types import PerRow, Tokens
@@ -134,7 +135,8 @@ def generate_steps(
         raise ValueError(f"temperature={rule.temperature}: draws are taken from a generator; give a torch.Generator")
     if decoder.cache_size not in (None, size):
         raise ValueError(f"cache_size={size}: the decoder is for caches of {decoder.cache_size}")
-    cache = init_cache(config, tokens.shape[0], size, dtype=params.norm.weight.dtype, device=tokens.device)
+    computed = embedding(params.embed_tokens, tokens[:1, :1]).dtype  # norms, or an adapter's weights, may have another
+    cache = init_cache(config, tokens.shape[0], size, dtype=computed, device=tokens.device)
 
     def read(cache: Cache, drawn: Tensor | None) -> tuple[Tensor, Cache]:
         if drawn is None:
