@@ -182,8 +182,8 @@ def measure(found: list[Subject], device: torch.device, rounds: int) -> None:
 def monitors_seconds(run: BenchmarkConfig, device: torch.device) -> float:
     """What a step spends on monitoring mHC: sampling every layer, uncompiled, and the metrics of all; the median."""
     n, layers = run.model.mhc_flows, run.model.num_layers
-    streams = torch.randn(run.batch_size, run.length, n, run.model.hidden_dim, device=device)
-    res = fn.sinkhorn_knopp(torch.randn(run.batch_size, run.length, n, n, device=device))
+    streams = torch.randn(run.batch_size, run.length, n, run.model.hidden_dim, dtype=torch.float32, device=device)
+    res = fn.sinkhorn_knopp(torch.randn(run.batch_size, run.length, n, n, dtype=torch.float32, device=device))
 
     def monitor() -> Tensor:
         return mhc_metrics(join([sample((res, res), streams) for _ in range(layers)]), streams)["mhc/gain_backward"]
@@ -286,7 +286,9 @@ def main(run: BenchmarkConfig) -> None:
     device = pick_device(run.device)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # a peer that falls back to eager is no peer
     generator = torch.Generator().manual_seed(run.seed)
-    window = torch.randint(run.model.vocab_size, (run.batch_size, run.length + 1), generator=generator).to(device)
+    window = torch.randint(
+        run.model.vocab_size, (run.batch_size, run.length + 1), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     batch = fn.Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
     if run.only_first_step:
         print(timed(program(run, batch, run.model.mhc_enabled, "none")(), device))

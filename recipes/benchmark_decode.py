@@ -101,7 +101,9 @@ def theirs(run: DecodeConfig, config: ModelConfig, prompts: Tensor) -> Callable[
 def measure(run: DecodeConfig, device: torch.device) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Tokens per second of each subject by round, and the seconds of its first decoding."""
     generator = torch.Generator().manual_seed(run.seed)
-    prompts = torch.randint(run.model.vocab_size, (run.batch_size, run.prompt), generator=generator).to(device)
+    prompts = torch.randint(
+        run.model.vocab_size, (run.batch_size, run.prompt), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     plain = run.model.replace(mhc_enabled=False)
     subjects = {
         OURS: ours(run, run.model.replace(mhc_enabled=True), prompts),

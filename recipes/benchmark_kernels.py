@@ -104,7 +104,9 @@ def error(op: Implementation, exact: Op, inputs: dict[str, Tensor]) -> float:
         leaves = [x.detach().requires_grad_() for x in values]
         outputs = run(*leaves)
         generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+        cotangents = [
+            torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x) for x in outputs
+        ]
         return [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
 
     ours = everything(lambda *leaves: op.run(*op.arrange(*leaves)), [*inputs.values()])

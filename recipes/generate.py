@@ -109,7 +109,7 @@ def main(run: GenerateConfig) -> None:
     def steps(ids: list[int], count: int) -> Iterator[fn.Drawn]:
         return fn.generate_steps(
             params,
-            torch.tensor([ids], device=device),
+            torch.tensor([ids], dtype=torch.int64, device=device),
             config,
             max_new_tokens=count,
             stop_tokens=stops,

@@ -43,7 +43,9 @@ class ProjectionsConfig:
 def errors(run: ProjectionsConfig, name: str, n: int, device: torch.device) -> dict[str, list[float]]:
     """The largest row and column error of normal raw numbers, by scale."""
     generator = torch.Generator().manual_seed(run.seed)
-    raw = torch.randn(run.tokens, PROJECTIONS[name].raw_size(n), generator=generator).to(device)
+    raw = torch.randn(
+        run.tokens, PROJECTIONS[name].raw_size(n), generator=generator, dtype=torch.float32, device="cpu"
+    ).to(device)
     rows, columns = [], []
     for scale in SCALES:
         found = fn.stochasticity_error(fn.project(scale * raw, n, name, num_iters=run.num_iters))
@@ -60,8 +62,10 @@ def cost(run: ProjectionsConfig, name: str, n: int, device: torch.device) -> dic
         torch._dynamo.reset()  # it counts what is compiled by line of code
         forward, backward = (torch.compile(half, fullgraph=True, dynamic=False) for half in (forward, backward))
     generator = torch.Generator().manual_seed(run.seed)
-    raw = torch.randn(run.tokens, PROJECTIONS[name].raw_size(n), generator=generator).to(device)
-    cotangent = torch.randn(run.tokens, n, n, generator=generator).to(device)
+    raw = torch.randn(
+        run.tokens, PROJECTIONS[name].raw_size(n), generator=generator, dtype=torch.float32, device="cpu"
+    ).to(device)
+    cotangent = torch.randn(run.tokens, n, n, generator=generator, dtype=torch.float32, device="cpu").to(device)
     measured = {}
     for half, call in (("forward", lambda: forward(raw)), ("backward", lambda: backward(raw, cotangent))):
         call()

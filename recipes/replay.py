@@ -11,14 +11,12 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from rlm_mhc.checkpoint import describe_run
 from rlm_mhc.checkpoint.tensors import read_tensors
 from rlm_mhc.config import TrainConfig
 from rlm_mhc.fn import Batch
 from rlm_mhc.program import make_train_step
-from rlm_mhc.program.precision import LossScale
+from rlm_mhc.program.precision import LossScale, make_loss_scale
 from rlm_mhc.train import pick_device
 from rlm_mhc.train.command import fail
 from rlm_mhc.train.diagnose import find_offender
@@ -40,7 +38,7 @@ def main(folder: Path, device_name: str) -> int:
     training = _of_one_rank(run.training, saved["world"])
     scale: LossScale | tuple[()] = ()
     if "loss_scale" in recorded:
-        scale = LossScale(torch.tensor(recorded["loss_scale"], device=device), torch.tensor(0, device=device))
+        scale = make_loss_scale(recorded["loss_scale"], 0, device)
     state = state._replace(step=state.step - 1, loss_scale=scale)
     kernels = pick_kernels(run.model, training, device)
     step = make_train_step(run.model, training, kernels=kernels, parametrization=method.parametrization)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from rlm_mhc import ModelConfig, TrainConfig, fn, load_pretrained, save_pretrained
+from rlm_mhc.params import matrix_dtype
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.program.step import make_train_step
 from rlm_mhc.testing import TOLERANCE, largest_difference
@@ -115,7 +116,7 @@ def sampling(model: Subject) -> str:
     require(first == second, f"one seed gave {first} and {second}")
     require(all(0 <= token < model.config.vocab_size for token in first), f"invalid tokens {first}")
     error = decoding_error(model)
-    allowed = 10 * TOLERANCE[model.params.norm.weight.dtype]
+    allowed = 10 * TOLERANCE[matrix_dtype(named_leaves(model.params), model.config)]
     require(error < allowed, f"logits with a cache differ from those of a full forward by {error:.0e} of their largest")
     return f"{len(first)} tokens: {', '.join(map(str, first[:6]))} …"
 
@@ -131,7 +132,7 @@ def losses_of_five_steps(model: Subject, precision: str) -> list[float]:
         optimizer={"lr": 1e-3},  # type: ignore[arg-type]
         scheduler={"warmup_steps": 0},  # type: ignore[arg-type]
     )
-    params = tree_map(torch.clone, model.params)
+    params = tree_map(lambda leaf: leaf.to(torch.float32, copy=True), model.params)
     state = resume_train_state(params, fn.adamw_init(params), 0)
     step, losses = make_train_step(model.config, training, donate=True), []
     for _ in range(6):
@@ -154,7 +155,7 @@ def decoding_error(model: Subject) -> float:
     tokens, config = model.batch.tokens, model.config
     if tokens.shape[1] < 2:
         return 0.0
-    dtype = model.params.norm.weight.dtype
+    dtype = matrix_dtype(named_leaves(model.params), config)
     cache = fn.init_cache(config, len(tokens), tokens.shape[1], dtype=dtype, device=tokens.device)
     _, cache = fn.prefill(model.params, tokens[:, :-1], config, cache)
     logits, _ = fn.decode_step(model.params, tokens[:, -1], config, cache)
@@ -188,7 +189,9 @@ def subject(run: ValidateConfig) -> Subject:
         params = fn.init(config, seed=run.seed, device=device)
     generator = torch.Generator().manual_seed(run.seed)
     length = min(LENGTH, config.max_seq_len)
-    tokens = torch.randint(config.vocab_size, (SEQUENCES, length + 1), generator=generator).to(device)
+    tokens = torch.randint(
+        config.vocab_size, (SEQUENCES, length + 1), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(device)
     return Subject(params, config, fn.Batch(tokens[:, :-1], tokens[:, 1:]), run.seed)
 
 

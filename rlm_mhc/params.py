@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -121,12 +123,13 @@ class WeightSpec:
         dtype = self.dtype(compute)
         if torch.device(device).type == "meta":
             return torch.empty(self.shape, dtype=dtype, device="meta")
-        mean = torch.as_tensor(self.mean, dtype=torch.float64).expand(self.shape)
+        mean = torch.tensor(self.mean, dtype=torch.float64, device="cpu").expand(self.shape)
         if self.std == 0:
             return mean.to(device=device, dtype=dtype, copy=True).contiguous()
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.randn(self.shape, generator=generator).mul_(self.std).add_(mean).to(device=device, dtype=dtype)
+        noise = torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.mul_(self.std).add_(mean).to(device=device, dtype=dtype)
 
 
 @functools.cache
@@ -244,6 +247,20 @@ def decay_mask(config: ModelConfig) -> LMParams:
 def cast(params: LMParams, config: ModelConfig, compute: torch.dtype) -> LMParams:
     """The tree in a compute dtype; mHC weights stay in fp32 or wider."""
     return tree_map(lambda spec, w: w.to(spec.dtype(compute)), weight_table(config), params)
+
+
+def matrix_dtype(named: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
+    """The dtype of a model's matrices by dotted name, mHC aside: that of most entries. Norms may have another.
+
+    >>> config = ModelConfig.preset("tiny")
+    >>> matrix_dtype(named_leaves(init(config, dtype=torch.bfloat16)), config)
+    torch.bfloat16
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for name, spec in named_leaves(weight_table(config)).items():
+        if spec.decay and not spec.fp32:
+            sizes[named[name].dtype] += named[name].numel()
+    return sizes.most_common(1)[0][0]
 
 
 def count(config: ModelConfig) -> int:

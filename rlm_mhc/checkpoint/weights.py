@@ -12,7 +12,7 @@ from rlm_mhc.checkpoint.config_files import load_config, quantization, read_json
 from rlm_mhc.checkpoint.tensors import read_tensors, write_tensors
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.disk import replace_file
-from rlm_mhc.params import LMParams, weight_table
+from rlm_mhc.params import LMParams, matrix_dtype, weight_table
 from rlm_mhc.tree import from_named, named_leaves
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -43,7 +43,7 @@ def save_pretrained(path: str | os.PathLike, params: LMParams, config: ModelConf
     named = named_leaves(params)
     _require_weights(named, config, "the tree")
     folder.mkdir(parents=True, exist_ok=True)
-    write_config_files(folder, config, str(params.norm.weight.dtype).removeprefix("torch."))
+    write_config_files(folder, config, dtype_name(matrix_dtype(named, config)))
     replace_file(folder / WEIGHTS_FILE, lambda file: write_tensors(file, named))
     (folder / INDEX_FILE).unlink(missing_ok=True)
 
@@ -165,6 +165,15 @@ def _require_weights(
 ) -> None:
     shapes = {name: spec.shape for name, spec in named_leaves(weight_table(config)).items() if name not in optional}
     require_fit({name: tensor for name, tensor in named.items() if name not in optional}, shapes, where)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as `config.json` has it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def few(words: list[str]) -> str:

@@ -46,6 +46,6 @@ def mhc_from_deepseek_v4(weights: Mapping[str, Tensor]) -> MHCParams | MHCHead:
             raise ValueError(f"{kind[SITE.index(name)]} {list(tensor.shape)}: expected {list(wanted[name])}")
     if kind is HEAD:
         return MHCHead(matrix.T.clone(memory_format=torch.contiguous_format), scale.clone(), base.clone())
-    turned = torch.arange(n * n, device=base.device).view(n, n).T.flatten() + 2 * n
-    order = torch.cat([torch.arange(2 * n, device=base.device), turned])
+    turned = torch.arange(n * n, dtype=torch.int64, device=base.device).view(n, n).T.flatten() + 2 * n
+    order = torch.cat([torch.arange(2 * n, dtype=torch.int64, device=base.device), turned])
     return MHCParams(matrix[order].T.contiguous(), scale.clone(), base[order])

@@ -7,21 +7,20 @@ from typing import Any
 
 from rlm_mhc.checkpoint.config_files import CONFIG_FILE, load_config
 from rlm_mhc.checkpoint.shards import SHARD_BYTES, stored_tensors, write_shards
-from rlm_mhc.checkpoint.weights import require_fit
+from rlm_mhc.checkpoint.weights import dtype_name, require_fit
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.convert.layouts import ARCHITECTURES, theirs_from_config, theirs_from_names
 from rlm_mhc.convert.plain import require_plain
 from rlm_mhc.convert.source import (
     Source,
     companions,
-    dtype_name,
     held_tensors,
     read_fields,
     renamed,
     special_tokens,
 )
 from rlm_mhc.disk import new_folder
-from rlm_mhc.params import LMParams, weight_table
+from rlm_mhc.params import LMParams, matrix_dtype, weight_table
 from rlm_mhc.tree import named_leaves
 
 
@@ -67,7 +66,7 @@ def to_llama(
     theirs = theirs_from_names(plain, ARCHITECTURES[kind])
     described = {their: source.described[our] for our, their in theirs.items()}
     read = renamed(source.read, {their: our for our, their in theirs.items()})
-    fields |= {"dtype": dtype_name(source.described["norm.weight"]), **special_tokens(source)}
+    fields |= {"dtype": dtype_name(matrix_dtype(source.described, config)), **special_tokens(source)}
 
     def fill(folder: Path) -> None:
         write_shards(folder, described, read, shard_bytes)

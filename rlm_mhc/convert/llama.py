@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlm_mhc.checkpoint.config_files import write_config_files
 from rlm_mhc.checkpoint.shards import SHARD_BYTES, Read, write_shards
-from rlm_mhc.checkpoint.weights import require_fit
+from rlm_mhc.checkpoint.weights import dtype_name, require_fit
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.convert.gates import closed_specs
 from rlm_mhc.convert.layouts import (
@@ -21,9 +21,9 @@ from rlm_mhc.convert.layouts import (
     theirs_from_names,
 )
 from rlm_mhc.convert.plain import require_plain_start
-from rlm_mhc.convert.source import Source, companions, dtype_name, renamed, source_of, special_tokens
+from rlm_mhc.convert.source import Source, companions, renamed, source_of, special_tokens
 from rlm_mhc.disk import new_folder
-from rlm_mhc.params import LMParams, weight_table
+from rlm_mhc.params import LMParams, matrix_dtype, weight_table
 from rlm_mhc.params import names as weight_names
 from rlm_mhc.tree import from_named, named_leaves
 from rlm_mhc.validation import nearest
@@ -110,7 +110,7 @@ def upcycle(
     def fill(folder: Path) -> None:
         write_shards(folder, described, read, shard_bytes)
         companions(source, folder)
-        write_config_files(folder, config, dtype_name(described["norm.weight"]), special_tokens(source))
+        write_config_files(folder, config, dtype_name(matrix_dtype(described, config)), special_tokens(source))
 
     new_folder(Path(output), fill)
     return config
@@ -122,15 +122,16 @@ def _upcycled(source: Source, seed: int, choices: Mapping[str, Any]) -> tuple[Mo
     config = _config(source, choices)
     require_plain_start(config)
     origin = _origin(source, architecture, config)
-    specs, compute = closed_specs(config), source.described[origin["norm.weight"]].dtype
+    taken = {ours: source.described[theirs] for ours, theirs in origin.items()}
+    specs, compute = closed_specs(config), matrix_dtype(taken, config)
     described = {
-        name: specs[name].init(name, seed, "meta", compute) if name in specs else source.described[origin[name]]
+        name: specs[name].init(name, seed, "meta", compute) if name in specs else taken[name]
         for name in weight_names(config)
     }
-    taken = renamed(source.read, origin)
+    read_theirs = renamed(source.read, origin)
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        found = taken([name for name in names if name in origin])
+        found = read_theirs([name for name in names if name in origin])
         return {n: found[n] if n in origin else specs[n].init(n, seed, "cpu", compute) for n in names}
 
     return config, described, read

@@ -108,7 +108,7 @@ def reading_errors(biases: Mapping[str, Tensor], config: ModelConfig) -> Iterato
         name and largest distance from 1, of the head, by which streams are collapsed, under its own or the last name.
     """
     sites = [site for site in biases if site != "head_mhc"]
-    unit = torch.eye(len(sites) + 1, dtype=torch.float64)
+    unit = torch.eye(len(sites) + 1, dtype=torch.float64, device="cpu")
     hidden = enter(unit[:1], config)
     for count, site in enumerate(sites, 1):
         read: list[Tensor] = []

@@ -101,15 +101,6 @@ def special_tokens(source: Source) -> dict[str, Any]:
     return {name: source.fields[name] for name in SPECIAL_TOKENS if source.fields.get(name) is not None}
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """A tensor's dtype as `config.json` has it.
-
-    >>> dtype_name(torch.ones(1, dtype=torch.bfloat16))
-    'bfloat16'
-    """
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _require_safetensors(folder: Path) -> None:
     pickled = sorted(file.name for file in folder.glob("pytorch_model*.bin"))
     if pickled and not any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):

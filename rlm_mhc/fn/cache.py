@@ -40,7 +40,7 @@ def init_cache(
         config: the model's shape.
         batch: how many rows, or the axes `*b`.
         size: tokens a row has room for, at most `max_seq_len`.
-        dtype: that of the model's matrices.
+        dtype: of keys and values; as a rule that of the model's matrices.
         device: where it lies.
 
     Raises:
@@ -69,6 +69,7 @@ def write_first(
     >>> write_first(torch.zeros(1, 3, 1), torch.ones(1, 2, 1)).flatten()
     tensor([1., 1., 0.])
     """
+    new = new.to(cached.dtype)
     if not donate:
         return torch.cat([new, cached[..., new.shape[-2] :, :]], dim=-2)
     cached[..., : new.shape[-2], :] = new
@@ -86,9 +87,12 @@ def write_at(
     >>> write_at(torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.tensor(2)).flatten()
     tensor([0., 0., 1.])
     """
+    new = new.to(cached.dtype)
     if not donate:
         return cached.scatter(-2, places[..., None, None, None].expand_as(new), new)
     # Not scatter_: the compiler would copy the whole cache for it, at every step.
     rows = cached.view(-1, *cached.shape[-3:])
-    rows[torch.arange(len(rows), device=rows.device), :, places.reshape(-1)] = new.reshape(-1, *new.shape[-3::2])
+    rows[torch.arange(len(rows), dtype=torch.int64, device=rows.device), :, places.reshape(-1)] = new.reshape(
+        -1, *new.shape[-3::2]
+    )
     return cached

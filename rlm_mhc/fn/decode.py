@@ -63,8 +63,8 @@ def prefill(
     if length > cache.size:
         raise ValueError(f"prompt of {length} tokens: the cache has room for 1 to {cache.size}")
     if lengths is None:
-        lengths = torch.full(tokens.shape[:-1], length, device=tokens.device)
-    positions = torch.arange(length, device=tokens.device)
+        lengths = torch.full(tokens.shape[:-1], length, dtype=torch.int64, device=tokens.device)
+    positions = torch.arange(length, dtype=torch.int64, device=tokens.device)
     attend = partial(_attend_prompt, kernels.attention, donate)
     hidden, keys, values = _through(params, tokens, positions, config, cache, kernels, attend)
     last = tree_map(partial(_last, lengths), hidden)
@@ -109,7 +109,7 @@ def decode_step(
     _require_fit(cache, tokens.shape, config)
     _require_room(cache)
     positions = cache.lengths.unsqueeze(-1)
-    visible = torch.arange(cache.size, device=tokens.device) <= positions
+    visible = torch.arange(cache.size, dtype=torch.int64, device=tokens.device) <= positions
     attend = partial(_attend_cache, cache.lengths, visible, donate)
     hidden, keys, values = _through(params, tokens.unsqueeze(-1), positions, config, cache, kernels, attend)
     return head(params, hidden, config, kernels).squeeze(-2), Cache(keys, values, cache.lengths + 1)
@@ -146,7 +146,7 @@ def _attend_cache(
     lengths: Tensor, visible: Tensor, donate: bool, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = write_at(keys, k, lengths, donate), write_at(values, v, lengths, donate)
-    return cached_attention(q, keys, values, visible), keys, values
+    return cached_attention(q, keys.to(q.dtype), values.to(q.dtype), visible), keys, values
 
 
 def _keep(attend: Attend, cached: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

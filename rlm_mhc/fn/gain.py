@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import product
 from rlm_mhc.types import StreamMatrix, Streams
 
 Res = Float[Tensor, "layers *b out=n in=n"]
@@ -32,10 +33,10 @@ def composite_gain(res: Res) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
     (tensor(1.), tensor(1.))
     """
     _require_layers(res)
-    product = res[0]
+    whole = res[0]
     for matrix in res[1:]:
-        product = matrix @ product
-    return _row_gain(product), _row_gain(product.mT)
+        whole = product(matrix, whole)
+    return _row_gain(whole), _row_gain(whole.mT)
 
 
 def cumulative_gain(res: Res) -> tuple[PerLayer, PerLayer]:
@@ -61,8 +62,8 @@ def cumulative_gain(res: Res) -> tuple[PerLayer, PerLayer]:
     below, above = res, res
     reach = 1
     while reach < len(res):
-        below = torch.cat([below[:reach], below[reach:] @ below[:-reach]])
-        above = torch.cat([above[reach:] @ above[:-reach], above[-reach:]])
+        below = torch.cat([below[:reach], product(below[reach:], below[:-reach])])
+        above = torch.cat([product(above[reach:], above[:-reach]), above[-reach:]])
         reach *= 2
     return _row_gain(below), _row_gain(above.mT)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.cache import Cache, init_cache
 from rlm_mhc.fn.decode import decode_step, prefill
+from rlm_mhc.fn.linear import embedding
 from rlm_mhc.fn.sample import Sampling, draw, mark
 from rlm_mhc.params import LMParams
 from rlm_mhc.types import PerRow, Tokens
@@ -74,7 +75,7 @@ def generate(
     """
     steps = generate_steps(params, tokens, config, max_new_tokens=max_new_tokens, lengths=lengths, **how)
     b, s = tokens.shape
-    ends = torch.full((b,), s, device=tokens.device) if lengths is None else lengths
+    ends = lengths if lengths is not None else torch.full((b,), s, dtype=torch.int64, device=tokens.device)
     # One column more than there is room for: there goes what rows draw that have ended.
     out = F.pad(tokens * within(ends, s), (0, max_new_tokens + 1))
     for drawn, counted in steps:
@@ -125,14 +126,17 @@ def generate_steps(
     rule = build(Sampling, {"temperature": 0.0} | sampling)
     decoder = decoder or Decoder()
     size = cache_size or decoder.cache_size or tokens.shape[-1] + max_new_tokens
-    ends = torch.full(tokens.shape[:1], tokens.shape[-1], device=tokens.device) if lengths is None else lengths
+    ends = lengths
+    if ends is None:
+        ends = torch.full(tokens.shape[:1], tokens.shape[-1], dtype=torch.int64, device=tokens.device)
     _require_lengths(tokens, ends, max_new_tokens, size)
     _require_ids(stop_tokens, vocab_size, config)
     if rule.temperature > 0 and generator is None:
         raise ValueError(f"temperature={rule.temperature}: draws are taken from a generator; give a torch.Generator")
     if decoder.cache_size not in (None, size):
         raise ValueError(f"cache_size={size}: the decoder is for caches of {decoder.cache_size}")
-    cache = init_cache(config, tokens.shape[0], size, dtype=params.norm.weight.dtype, device=tokens.device)
+    computed = embedding(params.embed_tokens, tokens[:1, :1]).dtype  # norms, or an adapter's weights, may have another
+    cache = init_cache(config, tokens.shape[0], size, dtype=computed, device=tokens.device)
 
     def read(cache: Cache, drawn: Tensor | None) -> tuple[Tensor, Cache]:
         if drawn is None:
@@ -148,7 +152,8 @@ def generate_steps(
         kept = slice(vocab_size)
         return draw(logits[:, kept], rule, generator, None if seen is None else seen[:, kept])
 
-    return _steps(read, choose, cache, seen, torch.tensor(stop_tokens, device=tokens.device), max_new_tokens)
+    stops = torch.tensor(stop_tokens, dtype=torch.int64, device=tokens.device)
+    return _steps(read, choose, cache, seen, stops, max_new_tokens)
 
 
 @torch.no_grad()
@@ -181,7 +186,7 @@ def within(lengths: PerRow, size: int) -> Bool[Tensor, "*b s"]:
     tensor([[ True, False],
             [ True,  True]])
     """
-    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
+    return torch.arange(size, dtype=torch.int64, device=lengths.device) < lengths.unsqueeze(-1)
 
 
 def _require_lengths(tokens: Tensor, lengths: Tensor, new: int, size: int) -> None:

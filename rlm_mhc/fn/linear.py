@@ -20,7 +20,8 @@ def linear(params: Linear | Map, x: Float[Tensor, "*b in"]) -> Float[Tensor, "*b
     """
     if not isinstance(params, Linear):
         return params(x)
-    return F.linear(x, params.weight, params.bias if isinstance(params.bias, Tensor) else None)
+    # Vectors of a model may have a wider dtype than its matrices, which a product does not take.
+    return F.linear(x, params.weight, params.bias.to(x.dtype) if isinstance(params.bias, Tensor) else None)
 
 
 def embedding(params: Embedding | Map, tokens: Int[Tensor, "*b s"]) -> Float[Tensor, "*b s c"]:

@@ -67,7 +67,9 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
     length = tokens.shape[-1]
     if length > config.max_seq_len:
         raise ValueError(f"sequence of {length} tokens: longer than max_seq_len={config.max_seq_len} of the model")
-    return rotary_table(torch.arange(length, device=tokens.device), config.head_width, config.rope_theta)
+    return rotary_table(
+        torch.arange(length, dtype=torch.int64, device=tokens.device), config.head_width, config.rope_theta
+    )
 
 
 def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Any:
@@ -83,7 +85,7 @@ def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Any:
     streams = expand_streams(x, config.mhc_flows)
     if not PRESETS[config.mhc_preset].early_pre:
         return streams
-    first = torch.arange(config.mhc_flows, device=x.device) == 0
+    first = torch.arange(config.mhc_flows, dtype=torch.int64, device=x.device) == 0
     pre = first.to(torch.promote_types(x.dtype, torch.float32)).expand(streams.shape[:-1])
     return EarlyPre(streams, pre.contiguous())
 

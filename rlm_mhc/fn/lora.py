@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import add_product, product
 from rlm_mhc.params import MLP, Layer, LMParams, MHCHead, MHCParams, SelfAttention
 from rlm_mhc.tree import from_named, named_leaves
 
@@ -64,10 +65,9 @@ def _init_adapter(weight: Tensor, rank: int, name: str) -> Adapter:
     out, into = weight.shape
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    uniform = torch.rand(rank, into, generator=generator)
-    return Adapter(
-        ((2 * uniform - 1) / math.sqrt(into)).to(weight.device), torch.zeros(out, rank, device=weight.device)
-    )
+    uniform = torch.rand(rank, into, generator=generator, dtype=torch.float32, device="cpu")
+    zeros = torch.zeros(out, rank, dtype=torch.float32, device=weight.device)
+    return Adapter(((2 * uniform - 1) / math.sqrt(into)).to(weight.device), zeros)
 
 
 def lora_merge(base: LMParams, trained: LoraParams, scale: float) -> LMParams:
@@ -99,7 +99,7 @@ def merge_weight(
     weight: Float[Tensor, "out in"], a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], scale: float
 ) -> Float[Tensor, "out in"]:
     """`weight + scale · b · a`, computed in fp32 or wider, in the dtype of `weight`."""
-    return torch.addmm(widen(weight), b, a, alpha=scale).to(weight.dtype)
+    return add_product(widen(weight), b, a, scale).to(weight.dtype)
 
 
 def lora_pull_layer(
@@ -120,7 +120,7 @@ def pull_weight(
     grad: Float[Tensor, "out in"], a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], scale: float
 ) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
     """The gradients of A and B, `scale · bᵀ · grad` and `scale · grad · aᵀ`."""
-    return scale * (b.mT @ grad), scale * (grad @ a.mT)
+    return scale * product(b.mT, grad), scale * product(grad, a.mT)
 
 
 def lora_reads(base: Layer, trained: Mapping[str, Adapter | MHCParams]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import product
 from rlm_mhc.fn.projections import project
 from rlm_mhc.params import MHCHead, MHCParams
 from rlm_mhc.types import Hidden, PerStream, StreamMatrix, Streams
@@ -61,7 +62,7 @@ def mhc_mappings(
     `res = sinkhorn_knopp(h)`, `h` being row-major. `deepseek_v4` and `single_pass` add 1e-6 to `pre` and in every
     sum of Sinkhorn; of `single_pass` this `pre` is for the next sub-layer. `hc` has
     `h = alpha · tanh((v · phi) / …) + bias`, and `pre`, `post`, `res` are `h`.
-    All of it is computed in fp32 (fp64 stays fp64), whatever the dtype of the streams.
+    All of it is computed in fp32 (fp64 stays fp64), whatever the dtype of the streams and under any autocast.
 
     Args:
         params: `phi [n·c, 2n+k]`, `alpha [3]`, `bias [2n+k]`.
@@ -81,9 +82,8 @@ def mhc_mappings(
     """
     n, row = streams.shape[-2], preset_named(preset)
     projection = projection or row.projection
-    with torch.autocast(streams.device.type, enabled=False):
-        pre, post, raw = unprojected(params, streams, eps=eps, preset=preset, projection=projection)
-        return MHCMappings(pre, post, project(raw, n, projection, num_iters=num_iters, eps=row.eps))
+    pre, post, raw = unprojected(params, streams, eps=eps, preset=preset, projection=projection)
+    return MHCMappings(pre, post, project(raw, n, projection, num_iters=num_iters, eps=row.eps))
 
 
 def unprojected(
@@ -103,7 +103,7 @@ def _project(flat: Float[Tensor, "*b nc"], phi: Float[Tensor, "nc m"], eps: floa
     wide = widen(flat)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     # Dividing after the product is the same, and a kernel needs only one pass over the streams for it.
-    return scale * (wide @ phi.to(wide.dtype))
+    return scale * product(wide, phi.to(wide.dtype))
 
 
 def activate(
@@ -179,6 +179,5 @@ def collapse_learned(params: MHCHead, streams: Streams, *, eps: float = 1e-6, pr
     >>> collapse_learned(head, torch.tensor([[1.0], [3.0]]))
     tensor([2.0000])
     """
-    with torch.autocast(streams.device.type, enabled=False):
-        h = _project(streams.flatten(-2), params.phi, eps)
-        return mhc_aggregate(streams, torch.sigmoid(params.alpha * h + params.bias) + PRESETS[preset].eps)
+    h = _project(streams.flatten(-2), params.phi, eps)
+    return mhc_aggregate(streams, torch.sigmoid(params.alpha * h + params.bias) + PRESETS[preset].eps)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import product
 from rlm_mhc.fn.sinkhorn import sinkhorn_knopp
 from rlm_mhc.types import StreamMatrix
 from rlm_mhc.variants import ORTHOSTOCHASTIC_BLOCK, projection_named
@@ -72,8 +73,9 @@ def permutation_mixture(raw: Raw, n: int) -> StreamMatrix:
             [4.2484e-18, 1.0000e+00]])
     """
     orders = list(itertools.permutations(range(n)))
-    matrices = torch.tensor([[float(order[i] == j) for i in range(n) for j in range(n)] for order in orders])
-    return (raw.softmax(-1) @ matrices.to(raw)).unflatten(-1, (n, n))
+    entries = [[float(order[i] == j) for i in range(n) for j in range(n)] for order in orders]
+    matrices = torch.tensor(entries, dtype=raw.dtype, device=raw.device)
+    return product(raw.softmax(-1), matrices).unflatten(-1, (n, n))
 
 
 def kronecker_product(raw: Raw, n: int) -> StreamMatrix:
@@ -85,10 +87,11 @@ def kronecker_product(raw: Raw, n: int) -> StreamMatrix:
     """
     same, other = torch.sigmoid(raw), torch.sigmoid(-raw)
     factors = torch.stack([same, other, other, same], -1).unflatten(-1, (2, 2))
-    product = raw.new_ones(*raw.shape[:-1], 1, 1)
+    whole = raw.new_ones(*raw.shape[:-1], 1, 1)
     for factor in factors.unbind(-3):
-        product = torch.einsum("...ij,...kl->...ikjl", product, factor).flatten(-2).flatten(-3, -2)
-    return product
+        whole = whole[..., :, None, :, None] * factor[..., None, :, None, :]
+        whole = whole.flatten(-2).flatten(-3, -2)
+    return whole
 
 
 def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> StreamMatrix:
@@ -103,9 +106,9 @@ def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> 
             [0., 1.]])
     """
     wide = n * block
-    rows, columns = torch.triu_indices(wide, wide, 1, device=raw.device)
+    rows, columns = torch.triu_indices(wide, wide, 1, dtype=torch.int64, device=raw.device)
     where = torch.zeros(wide, wide, dtype=torch.int64, device=raw.device)
-    order = torch.arange(raw.shape[-1], device=raw.device)
+    order = torch.arange(raw.shape[-1], dtype=torch.int64, device=raw.device)
     where = where.index_put((rows, columns), order).index_put((columns, rows), order)
     ones = torch.ones(wide, wide, dtype=torch.float64, device=raw.device)
     bounded = raw.double().clamp(-LARGEST_SKEW, LARGEST_SKEW)

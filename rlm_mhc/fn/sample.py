@@ -125,7 +125,7 @@ def keep_top_p(scores: NextLogits, p: float) -> Bool[Tensor, "*b v"]:
     """
     ordered, order = scores.sort(dim=-1)
     kept = ordered.softmax(-1).cumsum(-1) > 1 - p
-    last = torch.arange(scores.shape[-1], device=scores.device) == scores.shape[-1] - 1
+    last = torch.arange(scores.shape[-1], dtype=torch.int64, device=scores.device) == scores.shape[-1] - 1
     return torch.zeros_like(kept).scatter(-1, order, kept | last)
 
 

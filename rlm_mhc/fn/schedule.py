@@ -21,7 +21,9 @@ def cosine_schedule(
     >>> [round(cosine_schedule(t, lr=1.0, warmup_steps=2, max_steps=4).item(), 3) for t in range(5)]
     [0.5, 1.0, 0.55, 0.1, 0.1]
     """
-    done = torch.as_tensor(step, dtype=torch.float32) + 1
+    if not isinstance(step, Tensor):
+        step = torch.tensor(step, dtype=torch.float32, device="cpu")
+    done = step.to(torch.float32) + 1
     warmup = done / max(warmup_steps, 1)
     progress = ((done - warmup_steps) / max(max_steps - warmup_steps, 1)).clamp(0, 1)
     cosine = min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + torch.cos(math.pi * progress))

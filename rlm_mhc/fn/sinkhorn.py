@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import product, solve
 from rlm_mhc.types import StreamMatrix
 
 # Of the outcomes that a backward computes again, those of so many matrices exist at once: at most `TAPE` times the
@@ -222,6 +223,6 @@ def _without_sums(p: Tensor, g: Tensor) -> Tensor:
     # u and v are known up to a constant between them: 11ᵀ/n fixes it. The rest is for a permutation, where pᵀp = 1.
     ridge = 4 * n * torch.finfo(p.dtype).eps
     identity = torch.eye(n, dtype=p.dtype, device=p.device)
-    v = torch.linalg.solve(identity * (1 + ridge) + 1 / n - p.mT @ p, columns - p.mT @ rows)
-    u = rows - p @ v
+    v = solve(identity * (1 + ridge) + 1 / n - product(p.mT, p), columns - product(p.mT, rows))
+    u = rows - product(p, v)
     return g - p * (u + v.mT)

@@ -45,7 +45,7 @@ def draw(n: int, c: int, tokens: int, dtype: torch.dtype, generator: torch.Gener
     """Random arguments of all ops by name, on the generator's device."""
 
     def normal(*shape: int, size: float = 1.0, offset: float = 0.0) -> Tensor:
-        return offset + size * torch.randn(*shape, generator=generator, device=generator.device)
+        return offset + size * torch.randn(*shape, generator=generator, dtype=torch.float32, device=generator.device)
 
     raw = 2 * n + n * n
     return {
@@ -119,7 +119,9 @@ def errors(name: str, inputs: dict[str, Tensor], settings: Settings, seed: int =
     exact = [x.double() for x in inputs.values()]
     expected, exact_pull = pullback(reference(name, settings, inputs["streams"].dtype), *exact)
     generator = torch.Generator().manual_seed(seed)
-    cotangents = tuple(torch.randn(x.shape, generator=generator).to(x) for x in outputs)
+    cotangents = tuple(
+        torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x) for x in outputs
+    )
     found = dict(zip(OUTPUTS[name], zip(outputs, expected, strict=True), strict=True))
     gradients = zip(pull(cotangents), exact_pull(tuple(g.double() for g in cotangents)), strict=True)
     found |= dict(zip((f"gradient of {key}" for key in inputs), gradients, strict=True))

@@ -106,7 +106,7 @@ class RLMBackbone(RLMPreTrainedModel):
         seen = cache.get_seq_length() if cache is not None and position_ids is None else 0
         self._require_fit(seen, x.shape[1], position_ids)
         if position_ids is None:
-            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+            position_ids = (torch.arange(x.shape[1], dtype=torch.int64, device=x.device) + seen).unsqueeze(0)
         given = {CACHE: cache, "position_ids": position_ids}
         mask = create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, **given)
         cos, sin = fn.rotary_table(position_ids, self.shape.head_width, self.shape.rope_theta)

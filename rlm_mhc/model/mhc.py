@@ -85,7 +85,7 @@ class mHCLayer(nn.Module):
         """The initial values of `fn.init`, the noise in `phi` from torch's generator."""
         if self.phi.is_meta:
             return
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        seed = int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu"))
         for name, spec in self._specs()._asdict().items():
             own = getattr(self, name)
             own.copy_(spec.init(name, seed, own.device, own.dtype))

@@ -44,7 +44,7 @@ def checksum(tree: Any) -> str:
         bits = leaf.detach().reshape(-1).view(torch.uint8)
         words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
         for part in words.split(WORDS_AT_ONCE):
-            position = torch.arange(1, len(part) + 1, device=part.device)
+            position = torch.arange(1, len(part) + 1, dtype=torch.int64, device=part.device)
             digest.update(f"{(part * position).sum().item()}".encode())
     return digest.hexdigest()[:16]
 

@@ -13,6 +13,7 @@ from rlm_mhc.fn.layout import unshared
 from rlm_mhc.fn.lm import positions, require_kind
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import without_autocast
 from rlm_mhc.program.functions import Announce, Functions, make_functions, stored_every
 from rlm_mhc.program.microbatch import run_microbatch
 from rlm_mhc.program.monitors import Sampled
@@ -45,6 +46,8 @@ def make_gradients(
     parametrization: Parametrization | None = None,
 ) -> Callable[[Any, Sequence[Batch], Tensor], Gradients]:
     """`gradients(trained, microbatches, scale)`: of `scale · Σ token losses` by every weight, in fp32 or wider.
+
+    It runs in the dtypes of the weights, under any autocast.
 
     What is trained is the model's parameters, or what a `parametrization` makes them of. Then a layer's weights are
     made when it is run, once forward and once backward, and the gradients of them are pulled back when it is done.
@@ -92,7 +95,11 @@ def make_gradients(
         sampled = tree_map(lambda *tokens: torch.cat(tokens), *monitored)
         return Gradients(torch.stack(losses).sum(), grads, parts, sampled)
 
-    return gradients
+    def in_its_own_precision(trained: Any, microbatches: Sequence[Batch], scale: Tensor) -> Gradients:
+        with without_autocast(scale.device.type):
+            return gradients(trained, microbatches, scale)
+
+    return in_its_own_precision
 
 
 def wait(vector: Any) -> Tensor:

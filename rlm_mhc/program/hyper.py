@@ -10,6 +10,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.mhc import EarlyPre, activate, mhc_mappings
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.product import without_autocast
 from rlm_mhc.fn.projections import project
 from rlm_mhc.kernels.sinkhorn import sinkhorn, sinkhorn_backward
 from rlm_mhc.params import MHCParams
@@ -94,7 +95,8 @@ def mappings_stage(site: str, config: ModelConfig, kernels: Kernels) -> Stage:
         phi, alpha, bias = (weights[name] for name in names)
         flat = widen(x.flatten(-2))
         scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
-        h = scale * (flat @ phi.to(flat.dtype))
+        with without_autocast(x.device.type):
+            h = scale * (flat @ phi.to(flat.dtype))
         pre, post, raw = activated(h, alpha, bias)
         return Mappings(pre, post, to_res(raw)), (h, scale)
 
@@ -107,9 +109,10 @@ def mappings_stage(site: str, config: ModelConfig, kernels: Kernels) -> Stage:
         # h = scale · (flat @ phi), and the derivative of scale by flat is -scale³ · flat / size.
         flat = widen(x.flatten(-2))
         g_product = scale * g_h
-        g_phi = flat.flatten(0, -2).mT @ g_product.flatten(0, -2)
         inner = (g_h * h).sum(-1, keepdim=True) * scale.square() / flat.shape[-1]
-        g_flat = g_product @ phi.to(flat.dtype).mT - inner * flat
+        with without_autocast(x.device.type):
+            g_phi = flat.flatten(0, -2).mT @ g_product.flatten(0, -2)
+            g_flat = g_product @ phi.to(flat.dtype).mT - inner * flat
         grads = dict(zip(names, (g_phi.to(phi.dtype), g_alpha, g_bias), strict=True))
         return grads, g_flat.to(x.dtype).unflatten(-1, x.shape[-2:])
 

@@ -58,8 +58,8 @@ def count_activations(
             init(config.replace(num_layers=1), device="meta", dtype=compute),
         )
         run = make_functions(config, kernels, "mhc" if remat == "mhc" else "none")
-        cos, sin = rotary_table(torch.zeros(length, dtype=torch.int64), config.head_width)
-        tokens = torch.zeros(batch_size, length, dtype=torch.int64)
+        cos, sin = rotary_table(torch.zeros(length, dtype=torch.int64, device="cpu"), config.head_width)
+        tokens = torch.zeros(batch_size, length, dtype=torch.int64, device="cpu")
         hidden = run.embed(params.embed_tokens.weight, tokens)
         _, residuals, _ = run.forward(named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}, hidden)
         state, layer = _bytes(hidden), _bytes(residuals)

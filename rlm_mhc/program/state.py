@@ -44,4 +44,5 @@ def init_train_state(
 
 def resume_train_state(params: Any, optimizer: Any, step: int, loss_scale: LossScale | tuple[()] = ()) -> TrainState:
     """The state after `step` updates, from its parts."""
-    return TrainState(params, optimizer, torch.tensor(step, device=tree_leaves(params)[0].device), loss_scale)
+    count = torch.tensor(step, dtype=torch.int64, device=tree_leaves(params)[0].device)
+    return TrainState(params, optimizer, count, loss_scale)

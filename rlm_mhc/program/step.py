@@ -58,7 +58,7 @@ def make_train_step(
         `mhc/gain_forward`, `mhc/gain_backward` (see `fn.composite_gain`). Without mHC the residual is the identity: all
         four are 1. With it there are also `mhc/row_error`, `mhc/column_error`, `mhc/dominance` and all of them by
         layer, such as `mhc/gain_backward/layer_0`; see `rlm_mhc.program.monitors`.
-        With fp16 also `loss_scale`.
+        With fp16 also `loss_scale`. It runs in `train_config.mixed_precision`, under any `torch.autocast`.
 
     Raises:
         ValueError: from the step, when the batch is not `[sequences, s]` tokens in int64 or int32 and as many targets

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn import Batch
-from rlm_mhc.tree import tree_map
+from rlm_mhc.tree import map_named, tree_map
 
 T = TypeVar("T")
 # Runs of recipes that take a moment on a CPU; what is named after it wins.
@@ -49,14 +49,19 @@ def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
     """A tree with noise of that size on every weight: away from the symmetric start, gradients that should not be
     zero are not."""
     generator = torch.Generator().manual_seed(seed)
-    return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
+    return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype, device="cpu"), params)
+
+
+def with_wide_vectors(params: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A tree whose norms and biases have a dtype of their own, as checkpoints that were trained in mixed precision."""
+    return map_named(lambda name, leaf: leaf.to(dtype) if leaf.dim() == 1 and "mhc" not in name else leaf, params)
 
 
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:
     """Random tokens and targets of a shape `[*b, s]`, a share of the targets ignored."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.vocab_size, (*shape, 2), generator=generator)
-    mask = torch.rand(shape, generator=generator) < ignored
+    tokens = torch.randint(config.vocab_size, (*shape, 2), generator=generator, dtype=torch.int64, device="cpu")
+    mask = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") < ignored
     return Batch(tokens[..., 0].contiguous(), tokens[..., 1].masked_fill(mask, -100))
 
 

@@ -69,7 +69,7 @@ class EagerPeer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`[b, s] -> [b, s, v]`."""
         hidden = self.embed(tokens)
-        rotary = self.rotary(hidden, torch.arange(tokens.shape[1], device=tokens.device)[None])
+        rotary = self.rotary(hidden, torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device)[None])
         streams = self.expand(hidden)
         for number, site in enumerate(self.sites):
             streams = site(streams, rotary) if number % 2 == 0 else site(streams)

@@ -70,7 +70,7 @@ def raw_numbers(
     shape = batch if batch is not None else draw(st.sampled_from([(), (1,), (0,), (3,), (2, 3)]))
     scale = scale if scale is not None else draw(st.sampled_from([0.1, 1.0, 10.0, 1e3, largest / 4]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    normal = torch.randn(*shape, rule.raw_size(n), generator=generator, dtype=torch.float64)
+    normal = torch.randn(*shape, rule.raw_size(n), generator=generator, dtype=torch.float64, device="cpu")
     return name, n, (scale * normal).clamp(-largest, largest).to(dtype)
 
 
@@ -81,4 +81,4 @@ def square_logits(draw: Any, scale: float | None = None, dtype: torch.dtype = to
     batch = draw(st.sampled_from([(), (1,), (0,), (3,), (2, 3)]))
     scale = scale if scale is not None else draw(st.sampled_from([0.1, 1.0, 10.0, 1e3, 3e4]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    return scale * torch.randn(*batch, n, n, generator=generator, dtype=dtype)
+    return scale * torch.randn(*batch, n, n, generator=generator, dtype=dtype, device="cpu")

@@ -105,7 +105,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     Twenty runs, or as many as start within a second: a CPU without fp16 units takes seconds for one.
     """
     size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
     for _ in range(20):
         start = time.perf_counter()

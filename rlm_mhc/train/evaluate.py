@@ -4,6 +4,7 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.data import Prepared, eval_batches
+from rlm_mhc.fn.product import without_autocast
 from rlm_mhc.parallel import ALONE, Ranks, sum_over_ranks
 from rlm_mhc.params import LMParams, cast
 from rlm_mhc.program.head import chunk_tokens, chunks
@@ -22,7 +23,7 @@ def evaluate(params: LMParams, run: RunConfig, data: Prepared, ranks: Ranks = AL
     params = cast(params, config, COMPUTE_DTYPE[training.mixed_precision])
     device = params.norm.weight.device
     sums = torch.zeros(2, device=device, dtype=torch.float64)  # fp32 counts tokens up to 2²⁴
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(device.type):
         for number, batch in enumerate(eval_batches(data.evaluation, training.batch_size, training.eval_batches)):
             if number % ranks.world != ranks.rank:
                 continue

@@ -10,11 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rlm_mhc.fn import Batch, LMParams
+from rlm_mhc.program.precision import SMALLEST_SCALE
 from rlm_mhc.train.diagnose import find_offender
 from rlm_mhc.train.method import FULL
 from rlm_mhc.train.run_config import RunConfig
 
-SMALLEST_LOSS_SCALE = 2.0**-10
 RECENT_LOSSES = 64
 LOSSES_BEFORE_SPIKES = 16
 
@@ -81,7 +81,7 @@ class Guard:
             return
         self.skipped += 1
         step = BadStep(number, batch, values)
-        if math.isfinite(values["loss"]) and values.get("loss_scale", 0.0) > SMALLEST_LOSS_SCALE:
+        if math.isfinite(values["loss"]) and values.get("loss_scale", 0.0) > SMALLEST_SCALE:
             # fp16: the scale was too large, which is how it finds out.
             self._say(f"step {number}: a gradient is not finite at loss scale {values['loss_scale']:g}; halved")
             return

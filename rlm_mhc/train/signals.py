@@ -33,7 +33,7 @@ class Signals:
 
     def agreed(self) -> Request:
         """What any rank was asked for, known to all of them in the same step: to be called once per step by each."""
-        asked = torch.tensor([bool(self.stop), self.save], dtype=torch.int32)
+        asked = torch.tensor([bool(self.stop), self.save], dtype=torch.int32, device="cpu")
         if asked[1]:  # else one that comes now would be lost
             self.save = False
         stop, save = self.vote.exchange(asked).bool().tolist()

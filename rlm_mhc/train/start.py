@@ -22,7 +22,7 @@ from rlm_mhc.data import Position, Prepared
 from rlm_mhc.fn import LMParams, adamw_init
 from rlm_mhc.parallel import ALONE, Ranks
 from rlm_mhc.program import TrainState, init_train_state
-from rlm_mhc.program.precision import LossScale, init_loss_scale
+from rlm_mhc.program.precision import LossScale, init_loss_scale, restore_loss_scale
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train.finetune_config import FinetuneConfig
 from rlm_mhc.train.method import FULL, Method, method_of, require_same
@@ -236,4 +236,8 @@ def _loss_scale(run: RunConfig, saved: dict[str, Any], device: torch.device) -> 
     fresh = init_loss_scale(run.training.mixed_precision, device)
     if not fresh or "loss_scale" not in saved:
         return fresh
-    return LossScale(*(torch.tensor(saved["loss_scale"][name], device=device) for name in LossScale._fields))
+    written = saved["loss_scale"]
+    restored = restore_loss_scale(written["scale"], written["good_steps"], device)
+    if restored.scale != written["scale"]:
+        print(f"             its loss scale of {written['scale']:g} is out of range and starts anew", flush=True)
+    return restored

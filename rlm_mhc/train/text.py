@@ -35,7 +35,7 @@ def sample_text(
     generator = torch.Generator(device).manual_seed(seed)
     out = generate(
         params,
-        torch.tensor([ids], device=device),
+        torch.tensor([ids], dtype=torch.int64, device=device),
         config,
         max_new_tokens=new,
         stop_tokens=stops,

@@ -8,6 +8,7 @@ from safetensors import safe_open
 import rlm_mhc
 from rlm_mhc import fn
 from rlm_mhc.testing import assert_trees_close, small_config
+from rlm_mhc.testing.models import with_wide_vectors
 from rlm_mhc.tree import named_leaves
 
 
@@ -21,6 +22,17 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, tied):
     assert same == config
     assert_trees_close(loaded, params, 0.0)
     assert [w.dtype for w in named_leaves(loaded).values()] == [w.dtype for w in named_leaves(params).values()]
+
+
+@pytest.mark.parametrize("matrices", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_folder_is_labelled_by_its_matrices_and_keeps_every_dtype(tmp_path, matrices):
+    config = small_config(qkv_bias=True)
+    params = with_wide_vectors(fn.init(config, dtype=matrices))
+    rlm_mhc.save_pretrained(tmp_path, params, config)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(matrices).removeprefix("torch.")
+    loaded, _ = rlm_mhc.load_pretrained(tmp_path)
+    assert [w.dtype for w in named_leaves(loaded).values()] == [w.dtype for w in named_leaves(params).values()]
+    assert_trees_close(loaded, params, 0.0)
 
 
 def test_files_have_the_dotted_names_and_ordinary_permissions(tmp_path):

@@ -5,8 +5,9 @@ import torch
 from torch.utils import _pytree
 
 from rlm_mhc import fn
+from rlm_mhc.program import make_decoder
 from rlm_mhc.testing import TOLERANCE, largest_difference, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import disturbed, with_wide_vectors
 from rlm_mhc.tree import tree_leaves, tree_map
 from rlm_mhc.variants import PRESETS
 
@@ -206,3 +207,39 @@ def test_a_cache_that_is_too_small_or_of_another_model_is_refused():
     _, cache = fn.prefill(params, tokens, config, fn.init_cache(config, 3, 14))
     with pytest.raises(ValueError, match="holds 14 tokens"):
         fn.decode_step(params, tokens[:, 0], config, cache)
+
+
+@pytest.mark.parametrize("shape", ["paper", "qwen", "plain"])
+def test_norms_and_biases_of_another_dtype_are_no_hindrance(shape):
+    config, params, tokens = model(torch.bfloat16, **SHAPES[shape])
+    # Exactly what bf16 holds, so that nothing but the dtype is another.
+    mixed = with_wide_vectors(params)
+    assert mixed.norm.weight.dtype != mixed.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(fn.forward(mixed, tokens, config), fn.forward(params, tokens, config))
+    how = dict(max_new_tokens=6, lengths=LENGTHS)
+    expected = fn.generate(params, tokens[:, :7], config, **how).tokens
+    for decoder in (None, make_decoder(config, compiled=False)):
+        assert torch.equal(fn.generate(mixed, tokens[:, :7], config, decoder=decoder, **how).tokens, expected)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cache_may_have_another_dtype_than_the_model(dtype, donate):
+    config, params, tokens = model()
+    empty = fn.init_cache(config, 3, 14, dtype=dtype)
+    _, cache = fn.prefill(params, tokens[:, :7], config, empty, lengths=LENGTHS)
+    logits, cache = fn.decode_step(params, tokens[:, 7], config, cache, donate=donate)
+    assert {x.dtype for x in (*cache.keys, *cache.values)} == {dtype}
+    _, exact = prefilled(config, params, tokens[:, :7])
+    expected = fn.decode_step(params, tokens[:, 7], config, exact)[0]
+    assert largest_difference(logits, expected) < (1e-6 if dtype == torch.float64 else 0.05)
+
+
+def test_generation_runs_under_autocast():
+    config, params, tokens = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fn.generate(params, tokens[:, :7], config, max_new_tokens=4, lengths=LENGTHS)
+        logits = fn.forward(params, out.tokens, config)
+    for row, (start, end) in enumerate(zip(LENGTHS, out.lengths, strict=True)):
+        chosen = logits[row, start - 1 : end - 1].gather(-1, out.tokens[row, start:end, None])
+        assert (chosen[:, 0] >= logits[row, start - 1 : end - 1].amax(-1) - 0.1).all()

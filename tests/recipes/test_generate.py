@@ -11,7 +11,7 @@ import torch
 
 from rlm_mhc import ModelConfig, fn, load_pretrained, save_pretrained
 from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import disturbed, with_wide_vectors
 from rlm_mhc.train.text import encode, sample_text, text_pieces
 
 WORDS = "Ünïcödé 数学 🙂🧮 grows; so does the list of words. "
@@ -46,6 +46,17 @@ def test_text_is_that_of_generate_and_the_same_for_the_same_seed(recipe, checkpo
     how = ["prompt=the list", "max_new_tokens=20", "temperature=2", "top_k=100", "top_p=0.99", "min_p=0.001"]
     drawn = [run(recipe, checkpoint, *how, f"seed={seed}").out for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_norms_in_another_dtype_are_no_hindrance(recipe, checkpoint, tmp_path):
+    params, config = load_pretrained(checkpoint)
+    half = fn.cast(params, config, torch.bfloat16)
+    texts = []
+    for name, tree in (("half", half), ("mixed", with_wide_vectors(half))):
+        shutil.copytree(checkpoint, tmp_path / name)
+        save_pretrained(tmp_path / name, tree, config)
+        texts.append(run(recipe, tmp_path / name, "prompt=the list", "max_new_tokens=8", "temperature=0").out)
+    assert texts[0] == texts[1] != "the list\n"
 
 
 def test_generation_ends_where_the_checkpoint_says(recipe, checkpoint, tmp_path):

@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 import rlm_mhc
 from rlm_mhc import fn
 from rlm_mhc.testing import small_config
+from rlm_mhc.testing.models import with_wide_vectors
 
 
 def test_a_fresh_model_passes_seven_checks(recipe):
@@ -13,6 +15,14 @@ def test_a_fresh_model_passes_seven_checks(recipe):
 
 def test_a_plain_transformer_passes(recipe):
     assert recipe("validate_model", "model.num_layers=2", "model.mhc_enabled=false", "device=cpu").code == 0
+
+
+@pytest.mark.parametrize("change", [lambda params: params, with_wide_vectors], ids=["bf16", "mixed"])
+def test_a_checkpoint_in_bf16_passes_with_norms_in_any_dtype(recipe, tmp_path, change):
+    config = small_config()
+    rlm_mhc.save_pretrained(tmp_path, change(fn.init(config, dtype=torch.bfloat16)), config)
+    result = recipe("validate_model", f"checkpoint={tmp_path}", "device=cpu")
+    assert result.code == 0, result.out
 
 
 def test_a_broken_checkpoint_fails_with_a_code(recipe, tmp_path):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlm_mhc.fn.mhc import MHCMappings, mhc_mappings, unprojected
@@ -18,7 +17,7 @@ def mhc_mappings_by_op(
 
     Not for forward mode and second derivatives, as `sinkhorn_knopp` beside it.
 
-    >>> from rlm_mhc import ModelConfig, fn
+    >>> import torch; from rlm_mhc import ModelConfig, fn
     >>> layer = fn.init(ModelConfig.preset("tiny")).layers[0]
     >>> mhc_mappings_by_op(layer.attn_mhc, torch.randn(2, 5, 4, 128)).res.shape
     torch.Size([2, 5, 4, 4])
@@ -26,7 +25,6 @@ def mhc_mappings_by_op(
     n, row = streams.shape[-2], preset_named(preset)
     if (options.get("projection") or row.projection) != "sinkhorn":
         return mhc_mappings(params, streams, num_iters=num_iters, eps=eps, preset=preset, **options)
-    with torch.autocast(streams.device.type, enabled=False):
-        pre, post, raw = unprojected(params, streams, eps=eps, preset=preset, projection="sinkhorn")
-        res = sinkhorn_knopp(raw.unflatten(-1, (n, n)), num_iters=num_iters, eps=row.eps)
-        return MHCMappings(pre, post, res)
+    pre, post, raw = unprojected(params, streams, eps=eps, preset=preset, projection="sinkhorn")
+    res = sinkhorn_knopp(raw.unflatten(-1, (n, n)), num_iters=num_iters, eps=row.eps)
+    return MHCMappings(pre, post, res)

@@ -1,0 +1,109 @@
+"""Matrix products that are computed in the dtype of their factors, whatever `torch.autocast` is around them.
+
+A context without autocast reaches a forward only: the products of its backward run under the autocast of whoever calls
+that backward. Here they are autograd Functions where autocast is on, and torch's own operations where it is off.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which autocast is off for a type of device; it does nothing where autocast is off already."""
+    return torch.autocast(kind, enabled=False) if _autocast_on(kind) else contextlib.nullcontext()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` and its derivatives of any order as without autocast.
+
+    Args:
+        a: `[*b, m, k]` or `[k]`.
+        b: `[k, n]`, or `[*b, k, n]` with the batch axes of `a`.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     product(torch.full((1, 1), 1.001), torch.ones(1, 1))
+    tensor([[1.0010]])
+    """
+    if not _autocast_on(a.device.type):
+        return a @ b
+    if a.dim() == 1:
+        return product(a.unsqueeze(0), b).squeeze(-2)
+    return _apply(_Product, torch.matmul, a, b)
+
+
+def add_product(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`base + scale · a @ b` of matrices, and its derivatives, as without autocast.
+
+    >>> add_product(torch.ones(1, 1), torch.ones(1, 2), torch.ones(2, 1), 0.5)
+    tensor([[2.]])
+    """
+    if not _autocast_on(a.device.type):
+        return torch.addmm(base, a, b, alpha=scale)
+    return base + scale * product(a, b)
+
+
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.linalg.solve(a, b)` of `[*b, n, n]` and `[*b, n, m]`, and its derivatives, as without autocast.
+
+    >>> solve(2 * torch.eye(2), torch.ones(2, 1)).flatten()
+    tensor([0.5000, 0.5000])
+    """
+    if not _autocast_on(a.device.type):
+        return torch.linalg.solve(a, b)
+    return _apply(_Solve, torch.linalg.solve, a, b)
+
+
+def _autocast_on(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _apply(function: Any, plain: Any, a: Tensor, b: Tensor) -> Tensor:
+    if forward_ad._current_level >= 0:
+        # The compiler takes no Function with a `jvp`, and torch's own nested is zero; autocast does not touch fp64.
+        return plain(a.double(), b.double()).to(b.dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        # Views: see `pullback` in rlm_mhc.program.stage.
+        return function.apply(a.view_as(a), b.view_as(b))
+
+
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        (g,), (a, b) = cotangents, ctx.saved_tensors
+        left, right = (a.flatten(0, -2), g.flatten(0, -2)) if b.dim() == 2 else (a, g)
+        if torch.compiler.is_compiling():  # traced without autocast, this runs with that of its caller
+            with torch.autocast(a.device.type, enabled=False):
+                return g @ b.mT, left.mT @ right
+        return product(g, b.mT), product(left.mT, right)
+
+
+class _Solve(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.solve(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        (g,), (a, x) = cotangents, ctx.saved_tensors
+        of_b = solve(a.mT, g)
+        return -product(of_b, x.mT), of_b
