@@ -93,6 +93,8 @@ MUTATIONS = [
     Mutation("program forgets the next pre", "program/hyper.py", "Mappings(g_next if early else g_pre,", "Mappings(g_pre,"),
     Mutation("program forgets the skip of the residual", "program/stage.py", "return grads, cotangent + x_cotangent", "return grads, x_cotangent"),
     Mutation("program adds a microbatch twice", "program/gradients.py", "torch._foreach_add_(sums[index], grads)", "torch._foreach_add_(sums[index], grads, alpha=2)"),
+    Mutation("duplicate inputs not guarded", "program/compile.py", "        for guard in guards\n", "        if guard.guard_type != \"DUPLICATE_INPUT\" else False\n        for guard in guards\n"),
+    Mutation("arguments that are no tensors not guarded", "program/compile.py", "        or _on_argument(guard.orig_guard)\n", ""),
     Mutation("dtypes lost on disk", "checkpoint/tensors.py", "tensor.detach().cpu().contiguous()", "tensor.detach().cpu().contiguous().float()"),
     Mutation("metadata lost on disk", "checkpoint/tensors.py", '"format": "pt", **(metadata', "**(metadata"),
     Mutation("names changed on disk", "checkpoint/tensors.py", "save_file(on_cpu, file,", 'save_file({f"model.{k}": v for k, v in on_cpu.items()}, file,'),
