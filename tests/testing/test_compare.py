@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlm_mhc.testing import assert_as_accurate, assert_trees_close
+from rlm_mhc.testing import TOLERANCE, assert_as_accurate, assert_trees_close
 from rlm_mhc.testing.compare import FACTOR, ROUNDINGS, SHARE
 from rlm_mhc.tree import tree_map
 
@@ -21,9 +21,10 @@ def case(dtype=torch.float32, error=0.0):
 @pytest.mark.parametrize(
     ("dtype", "usual", "allowed"),
     [
-        (torch.float32, 0.0, FACTOR * ROUNDINGS * EPS * 2),  # plain is exact by chance: so many roundings
+        (torch.float32, 0.0, FACTOR * ROUNDINGS[torch.float32] * EPS * 2),  # plain is exact by chance
         (torch.float32, 1e-3, FACTOR * 1e-3),
-        (torch.bfloat16, 0.0, FACTOR * ROUNDINGS * 2**-7 * 2),
+        (torch.bfloat16, 0.0, FACTOR * ROUNDINGS[torch.bfloat16] * 2**-7 * 2),
+        (torch.float64, 0.0, TOLERANCE[torch.float64] * 2),
     ],
 )
 def test_errors_up_to_those_of_plain_pass_and_larger_ones_do_not(dtype, usual, allowed):
@@ -32,12 +33,18 @@ def test_errors_up_to_those_of_plain_pass_and_larger_ones_do_not(dtype, usual, a
         assert_as_accurate(case(torch.float64, 0.9 * sign * allowed)[1], plain, exact)
         with pytest.raises(AssertionError, match=r"^large: differs by .*, allowed "):
             assert_as_accurate(case(torch.float64, 1.1 * sign * allowed)[1], plain, exact)
-    assert_as_accurate(case(torch.float64, 1.9 * allowed)[1], plain, exact, factor=2 * FACTOR)
+
+
+def test_the_factor_is_an_argument():
+    exact, plain = case(error=1e-3)
+    assert_as_accurate(case(torch.float64, 9e-3)[1], plain, exact, factor=10)
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_as_accurate(case(torch.float64, 1.1e-2)[1], plain, exact, factor=10)
 
 
 def test_a_leaf_that_is_zero_by_symmetry_is_measured_by_its_neighbours():
     exact, plain = case()
-    allowed = FACTOR * ROUNDINGS * EPS * SHARE * 2
+    allowed = FACTOR * ROUNDINGS[torch.float32] * EPS * SHARE * 2
     assert_as_accurate(exact | {"layer": (torch.full((3,), 0.9 * allowed),)}, plain, exact)
     with pytest.raises(AssertionError, match=r"^layer\.0: differs by"):
         assert_as_accurate(exact | {"layer": (torch.full((3,), 1.1 * allowed),)}, plain, exact)
