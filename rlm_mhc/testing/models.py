@@ -52,6 +52,11 @@ def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
     return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
 
 
+def double(tree: Any) -> Any:
+    """A tree in float64; integers and truth values stay."""
+    return tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
+
+
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:
     """Random tokens and targets of a shape `[*b, s]`, a share of the targets ignored."""
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing import assert_as_accurate, assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import disturbed, double
 from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
 
 LORA = LoraConfig(rank=3, alpha=6)
@@ -23,10 +23,6 @@ def subject(lora=LORA, dtype=torch.float32, **changes):
     base = tree_map(lambda w: w.to(dtype), disturbed(fn.init(config), 0.05))
     trained = tree_map(lambda w: w.to(dtype), disturbed(fn.lora_init(base, lora), 0.05))
     return config, base, trained, lora_parametrization(base, trained, lora)
-
-
-def double(tree):
-    return tree_map(torch.Tensor.double, tree)
 
 
 def exact_gradient(base, trained, batch, config, lora):

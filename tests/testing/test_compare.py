@@ -97,3 +97,11 @@ def test_leaves_without_entries_and_single_tensors_are_trees_too():
     nothing = {"a": torch.zeros(0, 3)}
     assert_as_accurate(nothing, nothing, nothing)
     assert_as_accurate((), (), ())
+
+
+@pytest.mark.parametrize("compare", [assert_as_accurate, lambda a, _, e: assert_trees_close(a, e, 1.0)])
+def test_integers_are_equal(compare):
+    exact, plain = (tree | {"lengths": torch.tensor([1, 2])} for tree in case())
+    compare(plain, plain, exact)
+    with pytest.raises(AssertionError, match="lengths: other integers"):
+        compare(plain | {"lengths": torch.tensor([1, 3])}, plain, exact)
