@@ -57,6 +57,11 @@ def with_wide_vectors(params: Any, dtype: torch.dtype = torch.float32) -> Any:
     return map_named(lambda name, leaf: leaf.to(dtype) if leaf.dim() == 1 and "mhc" not in name else leaf, params)
 
 
+def double(tree: Any) -> Any:
+    """A tree in float64; integers and truth values stay."""
+    return tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
+
+
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:
     """Random tokens and targets of a shape `[*b, s]`, a share of the targets ignored."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,10 @@
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlm_mhc.testing import assert_as_accurate
 
 
 @pytest.fixture
@@ -36,3 +40,15 @@ def theirs():
         return model
 
     return build
+
+
+@pytest.fixture
+def same_logits():
+    """Check logits of ours against those of a model of theirs, of which one in float64 is the exact one."""
+
+    def check(actual, model, tokens):
+        with torch.no_grad():
+            plain, exact = (m(tokens).logits for m in (model, copy.deepcopy(model).double()))
+        assert_as_accurate(actual, plain, exact)
+
+    return check

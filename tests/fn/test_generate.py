@@ -6,8 +6,8 @@ from torch.utils import _pytree
 
 from rlm_mhc import fn
 from rlm_mhc.program import make_decoder
-from rlm_mhc.testing import TOLERANCE, largest_difference, small_config
-from rlm_mhc.testing.models import disturbed, with_wide_vectors
+from rlm_mhc.testing import TOLERANCE, assert_as_accurate, largest_difference, small_config
+from rlm_mhc.testing.models import disturbed, double, with_wide_vectors
 from rlm_mhc.tree import tree_leaves, tree_map
 from rlm_mhc.variants import PRESETS
 
@@ -35,19 +35,19 @@ def prefilled(config, params, tokens, size=14):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decoding_rows_of_any_length_equals_the_full_forward_at_every_position(shape, dtype):
     config, params, tokens = model(dtype, **SHAPES[shape])
-    full = fn.forward(params, tokens, config)
+    plain, exact = (fn.forward(p, tokens, config) for p in (params, double(params)))
     rows = torch.arange(3)
     logits, cache = prefilled(config, params, tokens[:, :7])
     for step in range(8):
         at = LENGTHS + step
-        assert largest_difference(logits, full[rows, at - 1]) < TOLERANCE[dtype]
+        assert_as_accurate(logits, plain[rows, at - 1], exact[rows, at - 1])
         assert torch.equal(cache.lengths, at)
         if step < 7:
             logits, cache = fn.decode_step(params, tokens[rows, at], config, cache, donate=step % 2 == 1)
 
 
 def test_prefill_forgets_what_the_cache_held_and_does_not_read_padding():
-    config, params, tokens = model()
+    config, params, tokens = model(torch.float64)
     logits, cache = prefilled(config, params, tokens[:, :7])
     padded = tokens[:, :7].where(torch.arange(7) < LENGTHS.unsqueeze(-1), 5)
     again, other = fn.prefill(params, padded, config, cache, lengths=LENGTHS)
@@ -84,7 +84,7 @@ def test_a_cache_is_a_pytree_of_fixed_size():
 
 
 def test_vmap_over_rows_is_the_batch():
-    config, params, tokens = model()
+    config, params, tokens = model(torch.float64)
     _, cache = prefilled(config, params, tokens[:, :7])
     expected, after = fn.decode_step(params, tokens[:, 0], config, cache)
     axes = (0, fn.Cache((0,) * config.num_layers, (0,) * config.num_layers, 0))

@@ -7,13 +7,12 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from rlm_mhc import fn
 from rlm_mhc.convert import mhc_from_deepseek_v4
-from rlm_mhc.testing import random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
+from rlm_mhc.testing.models import disturbed, double
 from rlm_mhc.tree import named_leaves
 from rlm_mhc.variants import PRESETS
 
 WIDTH = 24
-CLOSE = dict(atol=2e-6, rtol=2e-6)
 
 
 def theirs(kind, n, seed=0, **fields):
@@ -23,6 +22,21 @@ def theirs(kind, n, seed=0, **fields):
     for weight in module.parameters():
         weight.data.normal_(generator=generator)
     return module.requires_grad_(False)
+
+
+@pytest.fixture
+def accurate(monkeypatch):
+    """Check ours against theirs, functions of tensors, with theirs in float64 as the exact one."""
+
+    def check(ours, theirs, *inputs):
+        actual, plain = ours(*inputs), theirs(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # which they cast to
+            exact = theirs(*double(inputs))
+        assert exact[0].dtype == torch.float64
+        assert_as_accurate(actual, plain, exact)
+
+    return check
 
 
 def ours(module):
@@ -35,33 +49,41 @@ def mixed(streams, output, post, comb):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
-def test_deepseek_v4_is_that_of_transformers_with_its_own_eps(n):
+def test_deepseek_v4_is_that_of_transformers_with_its_own_eps(n, accurate):
     module = theirs(v4.DeepseekV4HyperConnection, n)
     assert module.hc_eps == PRESETS["deepseek_v4"].eps == 1e-6
     streams, output = torch.randn(2, 5, n, WIDTH), torch.randn(2, 5, WIDTH)
-    post, comb, collapsed = module(streams)
-    mine = fn.mhc_mappings(ours(module), streams, preset="deepseek_v4")
-    torch.testing.assert_close(mine.post, post, **CLOSE)
-    torch.testing.assert_close(mine.res, comb.mT, **CLOSE)
-    torch.testing.assert_close(fn.mhc_aggregate(streams, mine.pre), collapsed, **CLOSE)
-    combined = fn.mhc_combine(streams, output, mine.post, mine.res)
-    torch.testing.assert_close(combined, mixed(streams, output, post, comb), atol=1e-5, rtol=0)
+
+    def mine(streams, output):
+        pre, post, res = fn.mhc_mappings(ours(module), streams, preset="deepseek_v4")
+        return post, res, fn.mhc_aggregate(streams, pre), fn.mhc_combine(streams, output, post, res)
+
+    def other(streams, output):
+        post, comb, collapsed = module.to(streams)(streams)
+        return post, comb.mT, collapsed, mixed(streams, output, post, comb)
+
+    accurate(mine, other, streams, output)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_the_learned_head_is_that_of_transformers(n):
+def test_the_learned_head_is_that_of_transformers(n, accurate):
     module, streams = theirs(v4.DeepseekV4HyperHead, n), torch.randn(2, 5, n, WIDTH)
-    torch.testing.assert_close(fn.collapse_learned(ours(module), streams), module(streams), **CLOSE)
+    accurate(lambda x: (fn.collapse_learned(ours(module), x),), lambda x: (module.to(x)(x),), streams)
 
 
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_paper_is_theirs_without_eps(n):
+def test_paper_is_theirs_without_eps(n, accurate):
     module, streams = theirs(v4.DeepseekV4HyperConnection, n, hc_eps=0.0), torch.randn(2, 5, n, WIDTH)
-    post, comb, collapsed = module(streams)
-    mine = fn.mhc_mappings(ours(module), streams)
-    torch.testing.assert_close(mine.post, post, **CLOSE)
-    torch.testing.assert_close(mine.res, comb.mT, **CLOSE)
-    torch.testing.assert_close(fn.mhc_aggregate(streams, mine.pre), collapsed, **CLOSE)
+
+    def mine(streams):
+        pre, post, res = fn.mhc_mappings(ours(module), streams)
+        return post, res, fn.mhc_aggregate(streams, pre)
+
+    def other(streams):
+        post, comb, collapsed = module.to(streams)(streams)
+        return post, comb.mT, collapsed
+
+    accurate(mine, other, streams)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -87,16 +109,19 @@ def early_pre_by_hand(modules, x, branches):
     return u
 
 
-def test_single_pass_takes_pre_from_the_sub_layer_before():
+def test_single_pass_takes_pre_from_the_sub_layer_before(accurate):
     config = small_config(hidden_dim=WIDTH, head_dim=6, num_layers=2, mhc_preset="single_pass")
     modules = [theirs(v4.DeepseekV4HyperConnection, 4, seed) for seed in range(4)]
     branches = [lambda u, k=k: torch.tanh(k + u.roll(k, -1)) for k in range(4)]
     x = torch.randn(2, 5, WIDTH)
-    hidden = fn.enter(x, config)
-    for module, branch in zip(modules, branches, strict=True):
-        hidden, _ = fn.hyper_connection(ours(module), hidden, branch, config)
-    expected = early_pre_by_hand(modules, x, branches)
-    torch.testing.assert_close(fn.collapse(fn.init(config), hidden, config), expected, atol=2e-5, rtol=0)
+
+    def mine(x):
+        hidden = fn.enter(x, config)
+        for module, branch in zip(modules, branches, strict=True):
+            hidden, _ = fn.hyper_connection(ours(module), hidden, branch, config)
+        return (fn.collapse(fn.init(config), hidden, config),)
+
+    accurate(mine, lambda x: (early_pre_by_hand([module.to(x) for module in modules], x, branches),), x)
 
 
 def test_identity_adds_to_every_stream_and_mixes_none():
@@ -110,7 +135,7 @@ def test_identity_adds_to_every_stream_and_mixes_none():
     assert torch.equal(res, torch.eye(4).expand_as(res))
 
 
-def test_hc_is_that_of_hyper_connections():
+def test_hc_is_that_of_hyper_connections(accurate):
     """Theirs norms each stream and projects it alone; on streams of one norm that is a block-diagonal `phi`."""
     peer = pytest.importorskip("hyper_connections.hyper_connections", reason="hyper-connections is not installed")
     n, c = 4, WIDTH
@@ -128,9 +153,12 @@ def test_hc_is_that_of_hyper_connections():
     bias = torch.cat([module.static_alpha[:, 0], module.static_beta, module.static_alpha[:, 1:].T.flatten()])
     scales = module.dynamic_alpha_scale, module.dynamic_beta_scale, module.dynamic_alpha_scale
     params = fn.MHCParams(phi.flatten(0, 1), torch.stack(scales), bias)
-    expected = module(streams.transpose(0, 1)).transpose(0, 1)  # theirs has the streams in the batch
-    out, _ = fn.hyper_connection(params, streams, torch.tanh, small_config(mhc_preset="hc", norm_eps=1e-12))
-    torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
+    config = small_config(mhc_preset="hc", norm_eps=1e-12)
+
+    def other(streams):  # theirs has the streams in the batch
+        return (module.to(streams)(streams.transpose(0, 1)).transpose(0, 1),)
+
+    accurate(lambda x: (fn.hyper_connection(params, x, torch.tanh, config)[0],), other, streams)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -141,10 +169,10 @@ def test_deepseek_v4_is_that_of_tile_kernels(tile_kernels, n):
     h = tile_kernels.mhc_pre_norm_fn_ref(streams, module.fn, None, 1e-6)
     pre, post, raw = tile_kernels.mhc_pre_split_mixes_ref(h, module.scale, module.base, n, 2.0, 1e-6)
     comb = tile_kernels.sinkhorn_normalize_ref(raw, repeat=20, eps=1e-6)
-    mine = fn.mhc_mappings(params, streams, preset="deepseek_v4")
-    torch.testing.assert_close(mine.pre, pre.squeeze(-1), **CLOSE)
-    torch.testing.assert_close(mine.post, post.squeeze(-1), **CLOSE)
-    torch.testing.assert_close(mine.res, comb.mT, **CLOSE)
+    mine, exact = (
+        fn.mhc_mappings(p, x, preset="deepseek_v4") for p, x in ((params, streams), double((params, streams)))
+    )
+    assert_as_accurate(fn.MHCMappings(pre.squeeze(-1), post.squeeze(-1), comb.mT), mine, exact)  # theirs has no float64
     theirs_out = tile_kernels.mhc_post_ref(output, streams, post, comb)  # theirs rounds to bf16
     combined = fn.mhc_combine(streams, output, mine.post, mine.res)
     torch.testing.assert_close(combined.bfloat16(), theirs_out, atol=2e-2, rtol=1e-2)

@@ -6,8 +6,8 @@ from torch._dynamo.utils import counters
 
 from rlm_mhc import fn
 from rlm_mhc.program import make_decoder
-from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
+from rlm_mhc.testing.models import disturbed, double
 from rlm_mhc.variants import PRESETS
 
 
@@ -16,11 +16,13 @@ def test_uncompiled_it_is_the_reference(preset):
     config = small_config(mhc_preset=preset)
     params, tokens = disturbed(fn.init(config)), random_batch(config, 2, 6).tokens
     decoder = make_decoder(config, compiled=False)
-    ours = decoder.prefill(params, tokens, config, fn.init_cache(config, 2, 8))
-    expected = fn.prefill(params, tokens, config, fn.init_cache(config, 2, 8))
-    assert_trees_close(ours, expected, 1e-5)
+    empty, wide = fn.init_cache(config, 2, 8), double(params)
+    ours = decoder.prefill(params, tokens, config, empty)
+    plain, exact = fn.prefill(params, tokens, config, empty), fn.prefill(wide, tokens, config, double(empty))
+    assert_as_accurate(ours, plain, exact)
     ours = decoder.step(params, tokens[:, 0], config, ours[1])
-    assert_trees_close(ours, fn.decode_step(params, tokens[:, 0], config, expected[1]), 1e-5)
+    plain, exact = (fn.decode_step(p, tokens[:, 0], config, c) for p, c in ((params, plain[1]), (wide, exact[1])))
+    assert_as_accurate(ours, plain, exact)
 
 
 @pytest.mark.slow
@@ -31,14 +33,15 @@ def test_one_compiled_step_serves_all_positions_and_equals_the_reference():
     decoder = make_decoder(config)
     torch._dynamo.reset()
     counters.clear()
-    logits, cache = decoder.prefill(params, tokens, config, fn.init_cache(config, 2, 16), lengths=lengths)
-    expected, reference = fn.prefill(params, tokens, config, fn.init_cache(config, 2, 16), lengths=lengths)
+    empty, wide = fn.init_cache(config, 2, 16), double(params)
+    ours, plain = (read(params, tokens, config, empty, lengths=lengths) for read in (decoder.prefill, fn.prefill))
+    exact = fn.prefill(wide, tokens, config, double(empty), lengths=lengths)
     with torch.no_grad():
         for _ in range(10):
-            token = expected.argmax(-1)
-            logits, cache = decoder.step(params, token, config, cache)
-            expected, reference = fn.decode_step(params, token, config, reference)
-            assert_trees_close((logits, cache), (expected, reference), 1e-4)
+            token = exact[0].argmax(-1)
+            ours = decoder.step(params, token, config, ours[1])
+            plain, exact = (fn.decode_step(p, token, config, c) for p, c in ((params, plain[1]), (wide, exact[1])))
+            assert_as_accurate(ours, plain, exact)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

@@ -10,8 +10,8 @@ from rlm_mhc.program import make_train_step
 from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
-from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing import assert_as_accurate, assert_trees_close, random_batch, small_config
+from rlm_mhc.testing.models import disturbed, double
 from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
 
 LORA = LoraConfig(rank=3, alpha=6)
@@ -54,7 +54,8 @@ def test_reduce_sees_gradients_of_adapters_alone(lora):
     )
     grads = gradients(trained, [batch], torch.tensor(1 / 18)).grads
     assert seen == [size(layer) for layer in reversed(trained.layers)]
-    assert_trees_close(grads, exact_gradient(base, trained, batch, config, lora), 1e-5, floor=1e-4)
+    plain, exact = (exact_gradient(*trees, batch, config, lora) for trees in ((base, trained), double((base, trained))))
+    assert_as_accurate(grads, plain, exact)
 
 
 def training(**fields):
@@ -110,14 +111,22 @@ def test_loss_and_gradients_are_pefts(preset):
         for name, parameter in parameters.items():
             parameter.copy_(own[name])
     tokens = torch.randint(config.vocab_size, (3, 9))
-    loss = theirs(tokens, labels=tokens).loss
-    loss.backward()
+
+    def loss_and_gradients():
+        theirs.zero_grad()
+        loss = theirs(tokens, labels=tokens).loss
+        loss.backward()
+        return loss.detach(), {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+    plain = loss_and_gradients()
+    theirs.double()
+    exact = loss_and_gradients()
     batch = fn.Batch(tokens, torch.cat([tokens[:, 1:], torch.full((3, 1), -100)], dim=1))
     gradients = make_gradients(config, fn.REFERENCE, parametrization=parametrization)
     ours = gradients(trained, [batch], 1 / fn.count_targets(batch.targets).float())
-    torch.testing.assert_close(ours.loss, loss.detach(), rtol=1e-5, atol=0)
+    assert_as_accurate(ours.loss, plain[0], exact[0])
     grads = {f"base_model.model.model.{name}": leaf for name, leaf in named_leaves(ours.grads).items()}
-    assert_trees_close(grads, {name: parameters[name].grad for name in grads}, 1e-5, floor=1e-3)
+    assert_as_accurate(grads, plain[1], exact[1])
 
 
 @pytest.mark.slow
@@ -128,4 +137,5 @@ def test_the_compiled_step_has_the_same_gradients():
     gradients = make_gradients(config, fn.REFERENCE, compiled=True, parametrization=parametrization)
     for _ in range(2):
         ours = gradients(trained, [batch], torch.tensor(1 / 18)).grads
-    assert_trees_close(ours, exact_gradient(base, trained, batch, config, LORA), 1e-4, floor=1e-2)
+    plain, exact = (exact_gradient(*trees, batch, config, LORA) for trees in ((base, trained), double((base, trained))))
+    assert_as_accurate(ours, plain, exact)

@@ -9,9 +9,9 @@ from rlm_mhc.kernels.launch import interpreted
 from rlm_mhc.kernels.mixing import TRITON
 from rlm_mhc.program.functions import make_functions
 from rlm_mhc.program.gradients import make_gradients
-from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
-from rlm_mhc.tree import named_leaves, tree_map
+from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
+from rlm_mhc.testing.models import disturbed, double
+from rlm_mhc.tree import tree_map
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -23,14 +23,14 @@ def device(request):
     return torch.device(request.param)
 
 
-def case(device, **fields):
+def case(device, dtype=torch.float32, **fields):
+    """A config, weights and a batch on the device, and on the CPU the gradients in the dtype and in float64."""
     config = small_config(mhc_sinkhorn_iters=2, **fields)
-    params = disturbed(fn.init(config, dtype=torch.float64))
+    params = fn.cast(disturbed(fn.init(config)), config, dtype)
     batch = random_batch(config, 2, 7, ignored=0.3)
-    expected = torch.func.grad(fn.loss)(params, batch, config)
-    floor = 1e-2 * max(g.abs().max().item() for g in named_leaves(expected).values())
-    on_device = tree_map(lambda w: w.float().to(device), params)
-    return config, on_device, fn.Batch(*(x.to(device) for x in batch)), expected, floor
+    plain, exact = (torch.func.grad(fn.loss)(p, batch, config) for p in (params, double(params)))
+    on_device = tree_map(lambda w: w.to(device), params)
+    return config, on_device, fn.Batch(*(x.to(device) for x in batch)), plain, exact
 
 
 def of_program(config, params, batch, kernels=TRITON, **options):
@@ -47,38 +47,38 @@ def on_cpu(tree):
     [("paper", "none"), ("paper", "mhc"), ("deepseek_v4", "full"), ("single_pass", "none"), ("single_pass", "mhc")],
 )
 def test_program_gradients_equal_those_of_the_loss(preset, remat, device):
-    config, params, batch, expected, floor = case(device, mhc_preset=preset, num_layers=2, mhc_flows=3)
+    config, params, batch, plain, exact = case(device, mhc_preset=preset, num_layers=2, mhc_flows=3)
     result = of_program(config, params, batch, remat=remat)
-    assert_trees_close(on_cpu(result.grads), expected, 1e-5, floor)
-    reference = of_program(config, params, batch, fn.REFERENCE, remat=remat)
-    assert_trees_close(on_cpu(result.sampled), on_cpu(reference.sampled), 1e-5)
+    assert_as_accurate(on_cpu(result.grads), plain, exact)
+    sampled = (of_program(config, p, batch, fn.REFERENCE, remat=remat).sampled for p in (params, double(params)))
+    assert_as_accurate(*(on_cpu(tree) for tree in (result.sampled, *sampled)))
 
 
 @pytest.mark.parametrize("preset", ["paper", "single_pass"])
 def test_the_functions_take_it_too(preset, device):
-    config, params, batch, expected, floor = case(device, mhc_preset=preset, num_layers=1)
+    config, params, batch, plain, exact = case(device, mhc_preset=preset, num_layers=1)
 
     def loss(params):
         logits = fn.forward(params, batch.tokens, config, TRITON)
         return fn.token_loss_sum(logits, batch.targets) / fn.count_targets(batch.targets)
 
-    assert_trees_close(on_cpu(torch.func.grad(loss)(params)), expected, 1e-5, floor)
-    backbone = [fn.backbone(params, batch.tokens, config, kernels) for kernels in (TRITON, fn.REFERENCE)]
-    assert_trees_close(*(on_cpu(b) for b in backbone), 1e-5)
+    assert_as_accurate(on_cpu(torch.func.grad(loss)(params)), plain, exact)
+    ways = ((params, TRITON), (params, fn.REFERENCE), (double(params), fn.REFERENCE))
+    assert_as_accurate(*(on_cpu(fn.backbone(p, batch.tokens, config, kernels)) for p, kernels in ways))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_compiled_program_gradients_equal_those_of_the_loss(device):
-    config, params, batch, expected, floor = case(device, num_layers=2)
+    config, params, batch, plain, exact = case(device, num_layers=2)
     result = of_program(config, params, batch, compiled=True)
-    assert_trees_close(on_cpu(result.grads), expected, 1e-4, floor)
+    assert_as_accurate(on_cpu(result.grads), plain, exact)
 
 
 def test_a_swiglu_of_another_kind_gets_a_normed_input(device):
-    config, params, batch, expected, floor = case(device, num_layers=1)
+    config, params, batch, plain, exact = case(device, num_layers=1)
     own = TRITON._replace(swiglu=lambda *inputs: fn.swiglu(*inputs))
-    assert_trees_close(on_cpu(of_program(config, params, batch, own).grads), expected, 1e-5, floor)
+    assert_as_accurate(on_cpu(of_program(config, params, batch, own).grads), plain, exact)
 
 
 def test_attention_by_two_halves_goes_with_it(device):
@@ -99,9 +99,8 @@ def test_attention_by_two_halves_goes_with_it(device):
 
 
 def test_bf16_is_near_the_reference(device):
-    config, params, batch, expected, floor = case(device, num_layers=2)
-    low = fn.cast(params, config, torch.bfloat16)
-    assert_trees_close(on_cpu(of_program(config, low, batch).grads), expected, 0.1, floor)
+    config, params, batch, plain, exact = case(device, torch.bfloat16, num_layers=2)
+    assert_as_accurate(on_cpu(of_program(config, params, batch).grads), plain, exact)
 
 
 def test_a_model_that_it_does_not_serve_is_refused():
