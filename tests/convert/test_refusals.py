@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.convert import from_llama, upcycle
-from rlm_mhc.convert.layouts import ARCHITECTURES, ours_from_fields
+from rlm_mhc.convert.fields import ours_from_fields
+from rlm_mhc.convert.layouts import ARCHITECTURES
 
 
 @pytest.fixture
@@ -30,10 +31,15 @@ def change(folder, **changes):
     [
         ("llama", {"model_type": "gemma"}, "model_type='gemma': expected one of llama, mistral, qwen2, qwen3"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
-        ("llama", {"hiden_size": 3}, r"unknown key 'hiden_size' \(did you mean 'hidden_size'"),
-        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
-        ("llama", {"sliding_window": 8}, "unknown key 'sliding_window'"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map=.*code of its own"),
+        # No key of LlamaConfig, but transformers' caches and masks read it.
+        ("llama", {"sliding_window": 8}, "sliding_window=8: .*give max_seq_len=8"),
+        ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types=.*only full_attention"),
+        ("llama", {"is_causal": False}, "is_causal=False: this library has only True"),
+        ("llama", {"attention_chunk_size": 8}, "attention_chunk_size=8: this library has only None"),
+        ("llama", {"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config=.*only None"),
+        ("llama", {"quantization_config": {"bits": 4}}, r"quantization_config=.*model\.dequantize"),
+        ("llama", {"attention_dropout": 0.1}, r"attention_dropout=0\.1: this library has only 0\.0"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': this library has only 'silu'"),
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
@@ -47,6 +53,11 @@ def change(folder, **changes):
         ),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rotary embedding .*llama3"),
         ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 1.0}}, "rotary .*dynamic"),
+        # transformers takes rope_scaling where there are both.
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("mistral", {"sliding_window": 32, "use_sliding_window": False}, "sliding_window=32"),
         ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": "absent"}, "all dimensions"),
         ("llama", {"rope_parameters": [1]}, "expected a group of keys"),
         ("mistral", {"sliding_window": 32}, "sliding_window=32: .*give max_seq_len=32"),
