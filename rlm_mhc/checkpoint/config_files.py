@@ -201,7 +201,7 @@ def read_yaml(file: Path) -> Any:
 def _text(file: Path, limit: int) -> str:
     if file.stat().st_size > limit:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, more than such a file can have ({limit})")
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
 
 
 def _require_simple(text: str) -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.convert import from_llama, upcycle
 from rlm_mhc.convert.fields import ours_from_fields
 from rlm_mhc.convert.layouts import ARCHITECTURES
+from rlm_mhc.testing import largest_difference
 
 
 @pytest.fixture
@@ -151,6 +152,50 @@ def test_a_tied_head_may_be_written_but_not_differ(theirs, tmp_path):
         from_llama(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_keys_that_the_config_class_does_not_know_pass_and_are_named(theirs, tmp_path, kind):
+    model = theirs(kind)
+    model.save_pretrained(tmp_path)
+    expected = from_llama(tmp_path)[1]
+    unknown = {
+        "_model_name_or_path": "x",
+        "unk_token_id": 0,
+        "unsloth_fixed": True,
+        "_flash_attn_2_enabled": True,
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "hiden_size": 3,
+    }
+    known = {"sliding_window": None, "quantization_config": None, "rope_scaling": None, "attention_dropout": 0}
+    change(tmp_path, **unknown, **known, temperature=0.6)
+    words = rf"keys of config\.json without effect, as {ARCHITECTURES[kind].model_class} .*: {', '.join(unknown)}$"
+    with pytest.warns(UserWarning, match=words) as warned:
+        assert from_llama(tmp_path)[1] == expected
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 500.0}},
+        {"rope_parameters": "absent", "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_parameters": "absent", "rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 1}},
+        {"rope_parameters": "absent", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+        {"rope_parameters": {"rope_theta": 500.0, "type": "default"}},
+    ],
+    ids=str,
+)
+def test_a_rotary_embedding_that_is_not_scaled(theirs, tmp_path, changes):
+    theirs().save_pretrained(tmp_path)
+    change(tmp_path, **changes)
+    params, config = from_llama(tmp_path)
+    tokens = torch.randint(101, (2, 30))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    assert config.rope_theta == 500.0
+    assert largest_difference(fn.forward(params, tokens, config), expected) < 1e-5
+
+
 def test_what_changes_nothing_is_taken(theirs, tmp_path):
     theirs("mistral").save_pretrained(tmp_path)
     change(tmp_path, sliding_window=32)
@@ -158,7 +203,8 @@ def test_what_changes_nothing_is_taken(theirs, tmp_path):
     change(tmp_path, sliding_window=64, rope_parameters="absent", rope_theta=77.0, rope_scaling=None)
     assert from_llama(tmp_path)[1].rope_theta == 77.0
     file = tmp_path / "model.safetensors"
-    save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
+    save_file(load_file(file) | {name: torch.ones(8) for name in names}, file)
     from_llama(tmp_path)
 
 
@@ -230,4 +276,5 @@ def test_absent_keys_mean_what_they_mean_to_transformers(kind):
         if kind != "qwen2" or key != "head_dim":  # which Qwen2 always derives
             found = getattr(defaults, key)
             assert found == expected or (key == "sliding_window" and found == 4096), key
+    assert all(getattr(defaults, key) == value for key, value in row.fixed.items())
     assert hasattr(transformers, row.model_class)
