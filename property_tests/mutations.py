@@ -108,7 +108,7 @@ MUTATIONS = [
     Mutation("an epoch draws with replacement", "data/loader.py", ".permutation(count)", ".integers(0, count, count)"),
     Mutation("pre sees what post spreads", "convert/gates.py", "SPREAD * math.sin(angle)", "SPREAD * math.sin(angle + 0.5)"),
     Mutation("readings not compared with one", "convert/plain.py", "(coefficients[..., :count] - 1)", "(0 * coefficients[..., :count])"),
-    Mutation("one field for two", "convert/layouts.py", '"num_key_value_heads": "num_kv_heads"', '"num_key_value_heads": "num_heads"'),
+    Mutation("one field for two", "convert/fields.py", '"num_key_value_heads": "num_kv_heads"', '"num_key_value_heads": "num_heads"'),
     Mutation("new adapters are not zero", "fn/lora.py", "torch.zeros(out, rank, device=weight.device)", "torch.full((out, rank), 0.5, device=weight.device)"),
     Mutation("adapters of a layer start alike", "fn/lora.py", 'f"{seed}:{name}.{key}"', 'f"{seed}:{name}"'),
     Mutation("a pull without the scale", "fn/lora.py", "scale * (grad @ a.mT)", "grad @ a.mT"),

@@ -3,14 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm_mhc import ModelConfig, fn
+from rlm_mhc.convert.fields import ours_from_fields, theirs_from_config
 from rlm_mhc.convert.gates import closed_specs
-from rlm_mhc.convert.layouts import (
-    ARCHITECTURES,
-    ours_from_fields,
-    ours_from_names,
-    theirs_from_config,
-    theirs_from_names,
-)
+from rlm_mhc.convert.layouts import ARCHITECTURES, ours_from_names, theirs_from_names
 from rlm_mhc.convert.plain import reading_errors, site_names
 from rlm_mhc.params import names, weight_table
 from rlm_mhc.testing import largest_difference, random_batch

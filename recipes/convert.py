@@ -1,9 +1,10 @@
 """Llama, Mistral, Qwen2 or Qwen3 as mHC, and back: `python recipes/convert.py source=DIR output_dir=DIR [key=value …]`.
 
-Weights go through memory a file at a time.
+Weights go through memory a file at a time. `source=FILE.gguf` is dequantised to fp32 and held whole.
 """
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 from rlm_mhc import ModelConfig
@@ -55,10 +56,13 @@ def main(run: ConvertConfig) -> None:
         kind = to_llama(source, output, shard_bytes=shard_bytes)
         print(f"{output}: {kind}, {count(config.replace(mhc_enabled=False)):,} parameters")
         return
-    config = upcycle(source, output, seed=run.seed, shard_bytes=shard_bytes, **run.choices)
+    with warnings.catch_warnings(record=True) as remarks:
+        config = upcycle(source, output, seed=run.seed, shard_bytes=shard_bytes, **run.choices)
+    for remark in remarks:
+        print(f"note: {remark.message}")
     kind = f"{config.mhc_flows} streams of {config.mhc_preset}" if config.mhc_enabled else "no mHC"
     print(f"{output}: {kind}, {config.num_layers} layers, width {config.hidden_dim}, {count(config):,} parameters")
 
 
 if __name__ == "__main__":
-    command(ConvertConfig, __file__, main)
+    command(ConvertConfig, __file__, main, texts=["source"])  # names of downloads have spaces and brackets

@@ -15,6 +15,7 @@ import torch
 from rlm_mhc import ModelConfig, fn, load_pretrained
 from rlm_mhc.checkpoint.config_files import load_generation_config, stop_tokens
 from rlm_mhc.data.tokenizer import load_tokenizer
+from rlm_mhc.disk import text_lines
 from rlm_mhc.program import make_decoder
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import check_compiler
@@ -77,10 +78,11 @@ def read_prompts(run: GenerateConfig) -> list[str]:
     """The prompts, one or those of the file."""
     if run.prompt_file is None:
         return [run.prompt or ""]
-    text = sys.stdin.read() if run.prompt_file == "-" else Path(run.prompt_file).read_text(encoding="utf-8")
-    if not text.strip():
+    content = sys.stdin.buffer.read() if run.prompt_file == "-" else Path(run.prompt_file).read_bytes()
+    prompts = text_lines(content, f"prompt_file={run.prompt_file}")
+    if not any(map(str.strip, prompts)):
         raise ValueError(f"prompt_file={run.prompt_file}: it holds no prompt")
-    return text.splitlines()
+    return prompts
 
 
 def require_room(run: GenerateConfig, config: ModelConfig, longest: int) -> int:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from rlm_mhc.disk import checksum
+from rlm_mhc.disk import checksum, text_lines
 from rlm_mhc.testing.models import SMALL_RUN
 
 PRETRAIN = Path(__file__).with_name("pretrain_1b.py")
@@ -178,7 +178,7 @@ def compare(whole: Path, killed: Path) -> int:
 
 def records(file: Path) -> list[dict[str, object]]:
     """The metrics without those that a clock decides."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in text_lines(file.read_bytes(), str(file))]
     return [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.convert import upcycle
 from rlm_mhc.data import Position, Prepared, builtin_source, eval_batches, jsonl_source, next_batch, prepare
+from rlm_mhc.disk import text_lines
 from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command
@@ -131,7 +132,8 @@ def finetune(run: UpcyclingConfig, checkpoint: Path, tokens: Path, work: Path) -
     done = subprocess.run([sys.executable, str(FINETUNE), *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"finetune.py ended with code {done.returncode}; its own last line says why")
-    return [json.loads(line) for line in (work / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    metrics = work / "finetune" / "metrics.jsonl"
+    return [json.loads(line) for line in text_lines(metrics.read_bytes(), str(metrics))]
 
 
 def report(run: UpcyclingConfig, curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

@@ -116,6 +116,28 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
+def text_lines(content: bytes, where: str) -> list[str]:
+    r"""Return the lines of a UTF-8 text, without a byte order mark; a line ends at `\n` or `\r\n`, and at nothing else
+    that `str.splitlines` splits at, as U+2028 or a form feed.
+
+    Args:
+        content: the bytes of the text.
+        where: the name of the file, for errors.
+
+    Raises:
+        ValueError: naming the file, when it is not UTF-8.
+
+    >>> text_lines(b"\xef\xbb\xbfone\x0c two\r\nthree\n", "file")
+    ['one\x0c two', 'three']
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 at byte {error.start} ({error.reason}); save it as UTF-8") from None
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def checksum(file: Path) -> str:
     """The XXH3 digest of a file's content, of 128 bits as hexadecimal: it finds damage, not malice.
 

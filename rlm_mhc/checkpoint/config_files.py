@@ -13,6 +13,7 @@ from rlm_mhc.validation import build, nearest
 
 CONFIG_FILE, YAML_FILE = "config.json", "config.yaml"
 GENERATION_FILE = "generation_config.json"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LARGEST_CONFIG_BYTES = 1 << 20
 DEEPEST_CONFIG = 16
 LONGEST_VALUE = 4096  # a path
@@ -144,13 +145,16 @@ def write_generation_config(
 
 
 def load_generation_config(folder: Path) -> dict[str, Any]:
-    """What a folder's `generation_config.json` holds; nothing if there is none.
+    """Return a folder's generation config: its `generation_config.json`, or without one the special tokens of its
+    `config.json`, as transformers does; empty without either.
 
     Raises:
         ValueError: naming the file, when it is damaged, or ends generation at what is no token.
     """
-    file = folder / GENERATION_FILE
-    fields = read_json(file, LARGEST_CONFIG_BYTES) if file.is_file() else {}
+    file = next((folder / name for name in (GENERATION_FILE, CONFIG_FILE) if (folder / name).is_file()), None)
+    fields = read_json(file, LARGEST_CONFIG_BYTES) if file is not None else {}
+    if file is not None and file.name == CONFIG_FILE:
+        fields = {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
     if not all(type(token) is int and token >= 0 for token in stop_tokens(fields)):
         raise ValueError(
             f"{file}: eos_token_id={fields['eos_token_id']!r}: expected the id of a token, or a list of ids"
@@ -208,7 +212,7 @@ def read_yaml(file: Path) -> Any:
 def _text(file: Path, limit: int) -> str:
     if file.stat().st_size > limit:
         raise ValueError(f"{file}: {file.stat().st_size} bytes, more than such a file can have ({limit})")
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
 
 
 def _require_simple(text: str) -> None:

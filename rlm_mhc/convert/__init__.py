@@ -1,6 +1,7 @@
 """Weights of other libraries as ours, and ours as theirs.
 
-- `from_llama`, `upcycle`: Llama, Mistral, Qwen2, Qwen3 as an mHC model of the same logits, in memory or on disk
+- `from_llama`, `upcycle`: Llama, Mistral, Qwen2, Qwen3 (a module, a folder, a GGUF file) as an mHC model of the same
+  logits, in memory or on disk
 - `to_llama`: a model whose hyper-connections do nothing as one of them
 - `mhc_from_deepseek_v4`: the hyper-connections of DeepSeek-V4
 """

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from rlm_mhc.checkpoint.config_files import CONFIG_FILE, load_config
-from rlm_mhc.checkpoint.shards import SHARD_BYTES, stored_tensors, write_shards
+from rlm_mhc.checkpoint.shards import SHARD_BYTES, write_shards
 from rlm_mhc.checkpoint.weights import dtype_name, require_fit
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.convert.layouts import ARCHITECTURES, theirs_from_config, theirs_from_names
+from rlm_mhc.convert.fields import theirs_from_config
+from rlm_mhc.convert.layouts import ARCHITECTURES, theirs_from_names
 from rlm_mhc.convert.plain import require_plain
 from rlm_mhc.convert.source import (
     Source,
-    companions,
+    folder_source,
     held_tensors,
-    read_fields,
     renamed,
     special_tokens,
 )
@@ -66,11 +66,11 @@ def to_llama(
     theirs = theirs_from_names(plain, ARCHITECTURES[kind])
     described = {their: source.described[our] for our, their in theirs.items()}
     read = renamed(source.read, {their: our for our, their in theirs.items()})
-    fields |= {"dtype": dtype_name(matrix_dtype(source.described, config)), **special_tokens(source)}
+    fields |= {"dtype": dtype_name(matrix_dtype(source.described, config)), **special_tokens(source.fields)}
 
     def fill(folder: Path) -> None:
+        source.accompany(folder)
         write_shards(folder, described, read, shard_bytes)
-        companions(source, folder)
         (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     new_folder(Path(output), fill)
@@ -83,9 +83,9 @@ def _checkpoint(params_or_dir: Any, config: ModelConfig | None) -> tuple[ModelCo
     if config is None:
         folder = Path(params_or_dir)
         config = load_config(folder)
-        source = Source(read_fields(folder), *stored_tensors(folder), str(folder), folder)
+        source = folder_source(folder)
     else:
-        source = Source({}, *held_tensors(named_leaves(params_or_dir)), "the tree", None)
+        source = Source({}, *held_tensors(named_leaves(params_or_dir)), "the tree", lambda output: None)
     shapes = {name: spec.shape for name, spec in named_leaves(weight_table(config)).items()}
     require_fit(source.described, shapes, source.where)
     return config, source

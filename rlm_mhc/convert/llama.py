@@ -1,6 +1,7 @@
 """Llama, Mistral, Qwen2 and Qwen3 as mHC models of the same logits."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,11 @@ from rlm_mhc.checkpoint.config_files import write_config_files
 from rlm_mhc.checkpoint.shards import SHARD_BYTES, Read, write_shards
 from rlm_mhc.checkpoint.weights import dtype_name, require_fit
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.convert.fields import ours_from_fields, unknown_keys
 from rlm_mhc.convert.gates import closed_specs
-from rlm_mhc.convert.layouts import (
-    Architecture,
-    architecture_of,
-    ours_from_fields,
-    ours_from_names,
-    theirs_from_names,
-)
+from rlm_mhc.convert.layouts import Architecture, architecture_of, ours_from_names, theirs_from_names
 from rlm_mhc.convert.plain import require_plain_start
-from rlm_mhc.convert.source import Source, companions, renamed, source_of, special_tokens
+from rlm_mhc.convert.source import Source, renamed, sampling_options, source_of, special_tokens
 from rlm_mhc.disk import new_folder
 from rlm_mhc.params import LMParams, matrix_dtype, weight_table
 from rlm_mhc.params import names as weight_names
@@ -40,8 +36,9 @@ def from_llama(model_or_dir: Any, *, seed: int = 0, **choices: Any) -> tuple[LMP
     arithmetic of fp32; in bf16 they are as near as two orders of the same sums.
 
     Args:
-        model_or_dir: a `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM`, or a
-            folder that its `save_pretrained` wrote, in one file or several.
+        model_or_dir: a `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM` or `Qwen3ForCausalLM`; a folder
+            that its `save_pretrained` wrote, in one file or several; or a GGUF file of one, which is dequantised to
+            fp32 and held whole in memory (it takes the packages `gguf` and `accelerate`).
         seed: of the noise in `phi`.
         **choices: fields of `ModelConfig` that the source leaves open: `mhc_enabled`, `mhc_flows`, `mhc_preset`,
             `mhc_projection`, `mhc_sinkhorn_iters`, and `max_seq_len`, at most what it has.
@@ -51,9 +48,13 @@ def from_llama(model_or_dir: Any, *, seed: int = 0, **choices: Any) -> tuple[LMP
 
     Raises:
         FileNotFoundError: when the folder or a file of it is missing.
-        ValueError: on another architecture, a weight or key that its table does not have, a value that this library
-            has nothing for (scaled rotary embedding, a sliding window, biases of the output projection), a damaged
-            file, pickled weights, or a choice with which no weights give these logits.
+        ValueError: on another architecture, a weight that its table does not have, a key of `config.json` that
+            transformers' config class knows and this library has no value for (scaled rotary embedding, a sliding
+            window, biases of the output projection), a damaged file, pickled weights, a GGUF file without the
+            packages that read it, or a choice with which no weights give these logits.
+
+    Warns:
+        UserWarning: naming keys of `config.json` that the config class does not know, and which have no effect.
 
     Source: the layout of transformers 5; equality in `tests/convert/test_llama.py`.
 
@@ -108,9 +109,9 @@ def upcycle(
     config, described, read = _upcycled(source, seed, choices)
 
     def fill(folder: Path) -> None:
+        source.accompany(folder)
         write_shards(folder, described, read, shard_bytes)
-        companions(source, folder)
-        write_config_files(folder, config, dtype_name(matrix_dtype(described, config)), special_tokens(source))
+        write_config_files(folder, config, dtype_name(matrix_dtype(described, config)), special_tokens(source.fields))
 
     new_folder(Path(output), fill)
     return config
@@ -142,11 +143,22 @@ def _config(source: Source, choices: Mapping[str, Any]) -> ModelConfig:
         if name not in CHOICES:
             raise ValueError(f"unknown choice '{name}'{nearest(name, CHOICES)}; known are {', '.join(CHOICES)}")
     fields = ours_from_fields(source.fields, source.where, choices.get("max_seq_len"))
+    _name_unknown(source)
     chosen = {name: value for name, value in choices.items() if name != "max_seq_len"}
     try:
         return ModelConfig(**fields, **chosen)
     except ValueError as error:
         raise ValueError(f"{source.where}: {error}") from None
+
+
+def _name_unknown(source: Source) -> None:
+    carried = sampling_options(source.fields)
+    if unknown := [key for key in unknown_keys(source.fields) if key not in carried]:
+        kind = architecture_of(source.fields, source.where).model_class
+        warnings.warn(
+            f"{source.where}: keys of config.json without effect, as {kind} does not know them: {', '.join(unknown)}",
+            stacklevel=5,  # the line that called from_llama or upcycle
+        )
 
 
 def _origin(source: Source, architecture: Architecture, config: ModelConfig) -> dict[str, str]:

@@ -1,63 +1,101 @@
-"""Models to convert: in memory or in a folder, read a few weights at a time."""
+"""Models to convert: in memory, in a folder or in a GGUF file, read a few weights at a time."""
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlm_mhc.checkpoint.config_files import CONFIG_FILE, LARGEST_CONFIG_BYTES, read_json
+from rlm_mhc.checkpoint.config_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    LARGEST_CONFIG_BYTES,
+    SPECIAL_TOKENS,
+    TRANSFORMERS_KEYS,
+    read_json,
+)
 from rlm_mhc.checkpoint.shards import Read, stored_tensors
 from rlm_mhc.checkpoint.weights import INDEX_FILE, WEIGHTS_FILE
+from rlm_mhc.convert.gguf import gguf_tokenizer, is_gguf, load_gguf
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What a tokenizer of transformers reads beside the weights, how the model is to be prompted and sampled, and under
+# which terms it may be used. Not carried: model cards, code of models, the state of a run.
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
+    "tokenizer*",
+    "tokenization_*.py",  # a tokenizer with code of its own needs it
+    "*tokens*.json",
+    "*.tokenizer",
+    "vocab*",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "bpe.codes",
+    "byte_maps.json",
+    "emoji.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "word_*.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    GENERATION_FILE,
+    "LICENSE*",
+    "NOTICE*",
 )
 
 
 class Source(NamedTuple):
-    """A model: its `config.json`, every weight on the meta device, `read(names)` for some of them, its name for
-    errors, and its folder if it has one."""
+    """A model to convert.
+
+    - `fields`: its `config.json`
+    - `described`: every weight on the meta device
+    - `read`: `read(names)` gives some of the weights
+    - `where`: its name, for errors
+    - `accompany`: `accompany(folder)` writes what belongs to a model beside its weights and config
+    """
 
     fields: Mapping[str, Any]
     described: Mapping[str, Tensor]
     read: Read
     where: str
-    folder: Path | None
+    accompany: Callable[[Path], None]
 
 
-def source_of(model_or_dir: Any) -> Source:
-    """A module of transformers, or a folder that one was saved into.
+def source_of(model_or_path: Any) -> Source:
+    """A module of transformers, a folder that one was saved into, or a GGUF file.
 
     Raises:
         FileNotFoundError: when the folder or a file of it is missing.
         ValueError: on a damaged file, or weights that are pickled only.
     """
-    if isinstance(model_or_dir, torch.nn.Module):
-        config: Any = model_or_dir.config
-        return Source(config.to_dict(), *held_tensors(model_or_dir.state_dict()), type(model_or_dir).__name__, None)
-    folder = Path(model_or_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    fields = read_fields(folder)
-    _require_safetensors(folder)
-    return Source(fields, *stored_tensors(folder), str(folder), folder)
+    if isinstance(model_or_path, torch.nn.Module):
+        return _module_source(model_or_path, type(model_or_path).__name__)
+    path = Path(model_or_path)
+    if path.is_file():
+        return _gguf_source(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder or GGUF file")
+    _require_safetensors(path)
+    return folder_source(path)
+
+
+def folder_source(folder: Path) -> Source:
+    """A folder with `config.json` and safetensors.
+
+    Raises:
+        FileNotFoundError: when a file of it is missing.
+        ValueError: on a damaged file.
+    """
+    companions = partial(copy_companions, folder)
+    return Source(read_fields(folder), *stored_tensors(folder), str(folder), companions)
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """What a folder's `config.json` holds; nothing if there is none.
+    """Return the contents of a folder's `config.json`, or an empty dict where there is none.
 
     Raises:
         ValueError: when it is no JSON object.
@@ -89,16 +127,56 @@ def renamed(read: Read, origin: Mapping[str, str]) -> Read:
     return read_renamed
 
 
-def companions(source: Source, folder: Path) -> None:
-    """Copy a source's tokenizer and generation config into a folder."""
-    for name in COMPANIONS:
-        if source.folder is not None and (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the files that `COMPANIONS` names; sampling options of an old `config.json` become a generation config."""
+    for pattern in COMPANIONS:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+    fields = read_fields(source)
+    if not (source / GENERATION_FILE).is_file() and (sampling := sampling_options(fields)):
+        _write_generation(sampling | special_tokens(fields), folder)
 
 
-def special_tokens(source: Source) -> dict[str, Any]:
-    """The ids of a source's special tokens by name."""
-    return {name: source.fields[name] for name in SPECIAL_TOKENS if source.fields.get(name) is not None}
+def sampling_options(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the generation options in a `config.json`, where transformers looks for them in the absence of a
+    `generation_config.json`."""
+    from transformers import GenerationConfig
+
+    names = set(GenerationConfig().to_dict()) - TRANSFORMERS_KEYS
+    return {name: value for name, value in fields.items() if name in names and value is not None}
+
+
+def special_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids of special tokens in a `config.json`, by name."""
+    return {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
+
+
+def _module_source(model: Any, where: str) -> Source:
+    def accompany(folder: Path) -> None:
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            _write_generation(generation.to_diff_dict(), folder)
+
+    return Source(model.config.to_dict(), *held_tensors(model.state_dict()), where, accompany)
+
+
+def _gguf_source(file: Path) -> Source:
+    if not is_gguf(file):
+        raise ValueError(f"{file}: neither a folder nor a GGUF file; name the folder that the weights are in")
+    source = _module_source(load_gguf(file), str(file))
+
+    def accompany(folder: Path) -> None:
+        source.accompany(folder)
+        gguf_tokenizer(file).save_pretrained(folder)
+
+    return source._replace(accompany=accompany)
+
+
+def _write_generation(fields: Mapping[str, Any], folder: Path) -> None:
+    # What begins with "_" describes the file that the options came from.
+    public = {name: value for name, value in fields.items() if not name.startswith("_")}
+    (folder / GENERATION_FILE).write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
 
 
 def _require_safetensors(folder: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.checkpoint.shards import stored_tensors, write_shards
-from rlm_mhc.convert.layouts import ARCHITECTURES, theirs_from_config, theirs_from_names
+from rlm_mhc.convert.fields import theirs_from_config
+from rlm_mhc.convert.layouts import ARCHITECTURES, theirs_from_names
 from rlm_mhc.tree import named_leaves, size_bytes
 
 NAMED = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(40), "c": torch.zeros(3, dtype=torch.bfloat16)}

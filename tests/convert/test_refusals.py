@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.convert import from_llama, upcycle
-from rlm_mhc.convert.layouts import ARCHITECTURES, ours_from_fields
+from rlm_mhc.convert.fields import ours_from_fields
+from rlm_mhc.convert.layouts import ARCHITECTURES
+from rlm_mhc.testing import largest_difference
 
 
 @pytest.fixture
@@ -30,10 +32,15 @@ def change(folder, **changes):
     [
         ("llama", {"model_type": "gemma"}, "model_type='gemma': expected one of llama, mistral, qwen2, qwen3"),
         ("llama", {"model_type": ["llama"]}, "model_type"),
-        ("llama", {"hiden_size": 3}, r"unknown key 'hiden_size' \(did you mean 'hidden_size'"),
-        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
-        ("llama", {"sliding_window": 8}, "unknown key 'sliding_window'"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map=.*code of its own"),
+        # No key of LlamaConfig, but transformers' caches and masks read it.
+        ("llama", {"sliding_window": 8}, "sliding_window=8: .*give max_seq_len=8"),
+        ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types=.*only full_attention"),
+        ("llama", {"is_causal": False}, "is_causal=False: this library has only True"),
+        ("llama", {"attention_chunk_size": 8}, "attention_chunk_size=8: this library has only None"),
+        ("llama", {"per_layer_config": {"0": {"intermediate_size": 8}}}, "per_layer_config=.*only None"),
+        ("llama", {"quantization_config": {"bits": 4}}, r"quantization_config=.*model\.dequantize"),
+        ("llama", {"attention_dropout": 0.1}, r"attention_dropout=0\.1: this library has only 0\.0"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu': this library has only 'silu'"),
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
@@ -47,6 +54,11 @@ def change(folder, **changes):
         ),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rotary embedding .*llama3"),
         ("llama", {"rope_parameters": "absent", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 1.0}}, "rotary .*dynamic"),
+        # transformers takes rope_scaling where there are both.
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rotary .*linear"),
+        ("mistral", {"sliding_window": 32, "use_sliding_window": False}, "sliding_window=32"),
         ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": "absent"}, "all dimensions"),
         ("llama", {"rope_parameters": [1]}, "expected a group of keys"),
         ("mistral", {"sliding_window": 32}, "sliding_window=32: .*give max_seq_len=32"),
@@ -140,6 +152,50 @@ def test_a_tied_head_may_be_written_but_not_differ(theirs, tmp_path):
         from_llama(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_keys_that_the_config_class_does_not_know_pass_and_are_named(theirs, tmp_path, kind):
+    model = theirs(kind)
+    model.save_pretrained(tmp_path)
+    expected = from_llama(tmp_path)[1]
+    unknown = {
+        "_model_name_or_path": "x",
+        "unk_token_id": 0,
+        "unsloth_fixed": True,
+        "_flash_attn_2_enabled": True,
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "hiden_size": 3,
+    }
+    known = {"sliding_window": None, "quantization_config": None, "rope_scaling": None, "attention_dropout": 0}
+    change(tmp_path, **unknown, **known, temperature=0.6)
+    words = rf"keys of config\.json without effect, as {ARCHITECTURES[kind].model_class} .*: {', '.join(unknown)}$"
+    with pytest.warns(UserWarning, match=words) as warned:
+        assert from_llama(tmp_path)[1] == expected
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 500.0}},
+        {"rope_parameters": "absent", "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_parameters": "absent", "rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 1}},
+        {"rope_parameters": "absent", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+        {"rope_parameters": {"rope_theta": 500.0, "type": "default"}},
+    ],
+    ids=str,
+)
+def test_a_rotary_embedding_that_is_not_scaled(theirs, tmp_path, changes):
+    theirs().save_pretrained(tmp_path)
+    change(tmp_path, **changes)
+    params, config = from_llama(tmp_path)
+    tokens = torch.randint(101, (2, 30))
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+    assert config.rope_theta == 500.0
+    assert largest_difference(fn.forward(params, tokens, config), expected) < 1e-5
+
+
 def test_what_changes_nothing_is_taken(theirs, tmp_path):
     theirs("mistral").save_pretrained(tmp_path)
     change(tmp_path, sliding_window=32)
@@ -147,7 +203,8 @@ def test_what_changes_nothing_is_taken(theirs, tmp_path):
     change(tmp_path, sliding_window=64, rope_parameters="absent", rope_theta=77.0, rope_scaling=None)
     assert from_llama(tmp_path)[1].rope_theta == 77.0
     file = tmp_path / "model.safetensors"
-    save_file(load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"]
+    save_file(load_file(file) | {name: torch.ones(8) for name in names}, file)
     from_llama(tmp_path)
 
 
@@ -219,4 +276,5 @@ def test_absent_keys_mean_what_they_mean_to_transformers(kind):
         if kind != "qwen2" or key != "head_dim":  # which Qwen2 always derives
             found = getattr(defaults, key)
             assert found == expected or (key == "sliding_window" and found == 4096), key
+    assert all(getattr(defaults, key) == value for key, value in row.fixed.items())
     assert hasattr(transformers, row.model_class)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -30,9 +32,19 @@ def test_there_and_back(recipe, source, tmp_path):
     assert "not an empty folder" in recipe("convert", *folders, "direction=to_llama").last_error
 
 
+def test_keys_without_effect_are_named_in_one_line(recipe, source, tmp_path):
+    file = tmp_path / "qwen" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unsloth_fixed": True, "mlp_bias": False}))
+    result = recipe("convert", f"source={tmp_path / 'qwen'}", f"output_dir={tmp_path / 'mhc'}")
+    assert result.code == 0, result.err
+    note = "keys of config.json without effect, as Qwen2ForCausalLM does not know them: unsloth_fixed, mlp_bias"
+    assert result.out.startswith(f"note: {tmp_path / 'qwen'}: {note}\n{tmp_path / 'mhc'}: 4 streams")
+
+
 def test_mistakes_are_one_line(recipe, source, tmp_path):
     qwen = f"source={tmp_path / 'qwen'}"
     output = f"output_dir={tmp_path / 'mhc'}"
+    (tmp_path / "A-135M (1).Q4_1.gguf").write_bytes(b"PK")
     for arguments, words in [
         ([], "source: name a folder"),
         ([qwen], "output_dir: name a folder"),
@@ -41,6 +53,7 @@ def test_mistakes_are_one_line(recipe, source, tmp_path):
         ([qwen, output, "direction=to_llama", "mhc_flows=2"], "mhc_flows: a choice for direction=to_mhc"),
         ([qwen, output, "direction=to_llama"], "not a model of this library"),
         ([f"source={tmp_path / 'nope'}", output], "nope: no such folder"),
+        ([f"source={tmp_path / 'A-135M (1).Q4_1.gguf'}", output], "A-135M (1).Q4_1.gguf: neither a folder nor a GGUF"),
     ]:
         result = recipe("convert", *arguments)
         assert result.code == 2

@@ -1,5 +1,6 @@
 """Text from a checkpoint in the terminal."""
 
+import io
 import json
 import re
 import shutil
@@ -75,6 +76,13 @@ def test_generation_ends_where_the_checkpoint_says(recipe, checkpoint, tmp_path)
         result = run(recipe, tmp_path / "own", *greedy)
         assert result.out == "the list" + "".join(text_pieces(tokenizer, new, ids, [new[5]])) + "\n"
         assert f", {new.index(new[5])} decoded at" in result.err
+    # Without it, as transformers does: where config.json says.
+    (tmp_path / "own" / "generation_config.json").unlink()
+    for found in (new[5], [299, new[5]]):
+        config_file = tmp_path / "own" / "config.json"
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"eos_token_id": found}))
+        result = run(recipe, tmp_path / "own", *greedy)
+        assert result.out == "the list" + "".join(text_pieces(tokenizer, new, ids, [new[5]])) + "\n"
     (tmp_path / "own" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     result = recipe("generate", f"checkpoint={tmp_path / 'own'}", "device=cpu")
     assert (result.code, "eos_token_id='</s>': expected the id" in result.last_error) == (2, True)
@@ -115,6 +123,29 @@ def test_prompts_of_a_file_are_gone_on_with_one_after_the_other(recipe, checkpoi
     result = run(recipe, checkpoint, f"prompt_file={file}", "max_new_tokens=3", "repetition_penalty=1.3")
     assert result.out.index("the words") < result.out.index("of the list")
     assert result.err.count("tokens/s") >= 2
+
+
+def test_a_line_of_a_prompt_file_ends_at_a_newline_alone(recipe, checkpoint, tmp_path):
+    lines = ["the\u2028list", "of\x85words", "and\x0cthe\x0blist\x1c", "a\rword"]
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\n")
+    result = run(recipe, checkpoint, f"prompt_file={tmp_path / 'prompts.txt'}", "max_new_tokens=1", "temperature=0")
+    assert result.err.count("prompt of") == len(lines)
+    assert result.out.startswith(lines[0])
+    assert all(line in result.out for line in lines)
+    (tmp_path / "prompts.txt").write_bytes(b"the list\nof w\xf6rds\n")
+    result = recipe("generate", f"checkpoint={checkpoint}", f"prompt_file={tmp_path / 'prompts.txt'}", "device=cpu")
+    assert result.code == 2
+    assert "prompts.txt: not UTF-8 at byte 13 (invalid start byte); save it as UTF-8" in result.last_error
+
+
+def test_prompts_of_standard_input_are_read_alike(recipe, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfthe\x0clist\n")))
+    result = run(recipe, checkpoint, "prompt_file=-", "max_new_tokens=1", "temperature=0")
+    assert result.out.startswith("the\x0clist")
+    assert result.err.count("prompt of") == 1
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"w\xf6rds")))
+    result = recipe("generate", f"checkpoint={checkpoint}", "prompt_file=-", "device=cpu")
+    assert (result.code, "prompt_file=-: not UTF-8 at byte 1" in result.last_error) == (2, True)
 
 
 @pytest.mark.slow
