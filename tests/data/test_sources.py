@@ -136,8 +136,8 @@ def test_too_many_bad_lines_end_the_reading_early(tmp_path):
 
 
 def test_an_endless_line_is_one_bad_line_and_is_never_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlm_mhc.data.sources.MAX_LINE_BYTES", 100)
-    monkeypatch.setattr("rlm_mhc.data.sources.PIECE_BYTES", 7)
+    monkeypatch.setattr("rlm_mhc.data.lines.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("rlm_mhc.data.lines.PIECE_BYTES", 7)
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD + b'{"text": "' + b"x" * 1000 + b'"}\n' + GOOD + b"[" * 500)
     bad = BadLines(strict=False, max_fraction=1.0)
