@@ -52,9 +52,7 @@ def _read_template(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data.chat_template={name}: not UTF-8 text ({error}); give a file of Jinja in UTF-8"
-        ) from None
+        raise ValueError(f"data.chat_template={name}: not UTF-8 text ({error}); save the file as UTF-8") from None
 
 
 def turns(

@@ -86,11 +86,9 @@ def prepare_examples(
     names = [f"{part}.{kind}" for part in ("train", "eval") for kind in KINDS]
     with locked(folder, say):
         identity = identify(folder, [source, eval_source])
-        made_by = [tokenizer_fingerprint(tokenizer), max_length]
-        key, former = (
-            ["examples", FORMAT, *identity.content, *made_by],
-            ["examples", FORMER_FORMAT, *identity.former, *made_by],
-        )
+        encoding = [tokenizer_fingerprint(tokenizer), max_length]
+        key = ["examples", FORMAT, *identity.content, *encoding]
+        former = ["examples", FORMER_FORMAT, *identity.former, *encoding]
         meta, reused = make_or_reuse(folder, key, names, write, bad)
         dtype = token_dtype(id_bound(tokenizer))
         train, evaluation = (_read(folder, part, dtype, max_length) for part in ("train", "eval"))
@@ -108,6 +106,8 @@ def prepare_examples(
     )
     _say_of_examples(meta, max_length, say)
     ends = turn_ends(train, special_tokens(tokenizer).values())
+    if not ends:
+        say("warning      no special token that ends an example is learned, so generation will not stop by itself")
     fingerprint, before = (digest([name, train.total]) for name in (key, former))
     return Prepared(train, evaluation, tokenizer, fingerprint, bad_share(meta), ends, before)
 
@@ -117,11 +117,11 @@ def _say_of_examples(meta: dict[str, Any], length: int, say: Callable[[str], obj
         say(f"cut          {meta['cut']:,} examples at data.max_length={length} tokens")
     if meta["ended"]:
         say(
-            f"end of text  follows {meta['ended']:,} examples, and counts: the chat template ends the assistant's turns "
-            "with no special token, and generation would not stop"
+            f"end of text  is appended to {meta['ended']:,} examples, and learned: the chat template ends the "
+            "assistant's turns with no special token, at which generation could stop"
         )
     if meta["unused"]:
-        say(f"no effect    of the keys {', '.join(meta['unused'])}: the chat template does not name them")
+        say(f"no effect    of the keys {', '.join(map(repr, meta['unused']))}: the chat template does not name them")
 
 
 class Encoded(NamedTuple):

@@ -51,9 +51,8 @@ def identify(folder: Path, sources: Sequence[Source | None]) -> Identity:
 def _checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
     known, now = _read(folder / CHECKSUMS_FILE), time.time_ns()
     states = {file: _state(file) for file in files}
-    found = {
-        file: known[path][1] for file in states if known.get(path := os.path.abspath(file), [0])[0] == states[file]
-    }
+    stored = {file: known.get(os.path.abspath(file), [None, ""]) for file in states}
+    found = {file: text for file, (state, text) in stored.items() if state == states[file]}
     missing = [file for file in states if file not in found]
     total = sum(states[file][0] for file in missing)
     with tqdm(desc="checksums of the data", total=total, unit="B", unit_scale=True, delay=2, leave=False) as bar:
@@ -62,10 +61,10 @@ def _checksums(folder: Path, files: Iterable[str]) -> dict[str, str]:
             bar.update(states[file][0])
     settled = [file for file in missing if now - states[file][1] > SETTLED_NANOSECONDS]
     if settled:
-        rows = known | {os.path.abspath(file): [states[file], found[file]] for file in settled}
+        known |= {os.path.abspath(file): [states[file], found[file]] for file in settled}
         with suppress(OSError):  # a folder that is only read
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / CHECKSUMS_FILE, json.dumps(rows).encode())
+            write_whole(folder / CHECKSUMS_FILE, json.dumps(known).encode())
     return found
 
 

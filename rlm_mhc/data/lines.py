@@ -11,8 +11,8 @@ PIECE_BYTES = 1 << 20
 BUFFER_BYTES = 1 << 17
 # The largest window that the format has (zstd --long=31).
 LARGEST_WINDOW = 1 << 31
-# Read at once of a .zst file: a block of 4 bytes may stand for 128 KiB, so that this much becomes at most 128 MiB.
-COMPRESSED_PIECE_BYTES = 1 << 12
+# Read at once of a .zst file: a block of 4 bytes may stand for 128 KiB, so that this much becomes at most 256 MiB.
+COMPRESSED_PIECE_BYTES = 1 << 13
 
 
 def read_lines(file: str) -> Iterator[bytes | None]:
@@ -58,9 +58,11 @@ class ZstdFrames(io.RawIOBase):
         self.compressed, self.ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as one piece reaches; return how many bytes that are, 0 at the end."""
         while not self.ready:
             self.compressed = self.compressed or self.content.read(COMPRESSED_PIECE_BYTES)
             if not self.compressed:
@@ -73,6 +75,7 @@ class ZstdFrames(io.RawIOBase):
         return count
 
     def close(self) -> None:
+        """Close the stream too."""
         self.content.close()
         super().close()
 

@@ -48,7 +48,8 @@ def unused_keys(record: dict[str, Any], template: str) -> set[str]:
     """Return the keys of a record and of its messages that have no effect, since the template does not name them."""
     inner = {key for message in record["messages"] for key, value in message.items() if value is not None}
     unnamed = _unnamed(frozenset(inner - {"role", "content", "weight"}), template)
-    return _unnamed(frozenset(record.keys() - {"messages"}), template) | {f"messages[].{key}" for key in unnamed}
+    outer = {key for key, value in record.items() if value is not None}
+    return _unnamed(frozenset(outer - {"messages"}), template) | {f"messages[].{key}" for key in unnamed}
 
 
 @lru_cache(maxsize=1024)
