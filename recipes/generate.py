@@ -14,7 +14,7 @@ import torch
 
 from rlm_mhc import ModelConfig, fn, load_pretrained
 from rlm_mhc.checkpoint.config_files import load_generation_config, stop_tokens
-from rlm_mhc.data.tokenizer import load_tokenizer
+from rlm_mhc.data.tokenizer import id_bound, load_tokenizer
 from rlm_mhc.disk import text_lines
 from rlm_mhc.program import make_decoder
 from rlm_mhc.train import command, pick_device
@@ -116,7 +116,7 @@ def main(run: GenerateConfig) -> None:
             max_new_tokens=count,
             stop_tokens=stops,
             generator=generator,
-            vocab_size=len(tokenizer),
+            vocab_size=id_bound(tokenizer),
             decoder=decoder,
             **run.sampling,
         )

@@ -17,6 +17,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MARK = "\ufeff"
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REMEDY = (
     "give another by data.chat_template=FILE, best with the assistant's words in {% generation %} … {% endgeneration %}"
@@ -24,35 +25,93 @@ REMEDY = (
 
 
 def with_template(tokenizer: Any, name: str | None) -> Any:
-    """The tokenizer with the chat template of that name: `chatml`, a file of Jinja, or None: its own.
+    """Return the tokenizer with the chat template of that name: `chatml`, a file of Jinja, or None: its own.
+
+    A byte order mark that a template begins with is dropped: it would be a text before every conversation.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the tokenizer has none, or several and no default one, and none is named.
+        ValueError: when it is not UTF-8; when the tokenizer has none, or several and no default one, and none is named.
     """
-    if name is not None and name != "chatml" and not Path(name).is_file():
-        raise FileNotFoundError(f"data.chat_template={name}: no such file; give a file of Jinja, or chatml")
     if name is not None:
-        tokenizer.chat_template = CHATML if name == "chatml" else Path(name).read_text(encoding="utf-8")
+        tokenizer.chat_template = CHATML if name == "chatml" else _read_template(name)
     own = tokenizer.chat_template
     if own is None or (isinstance(own, dict) and "default" not in own):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path} has no chat template to write conversations with; "
             "give one by data.chat_template=FILE (Jinja), or data.chat_template=chatml"
         )
+    bare = {key: text.removeprefix(MARK) for key, text in own.items()} if isinstance(own, dict) else None
+    tokenizer.chat_template = bare or own.removeprefix(MARK)
     return tokenizer
 
 
-def turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str) -> list[tuple[str, bool]]:
-    """The conversation in pieces, up to the end of the last that counts: `(text, whether the assistant says it)`.
+def _read_template(name: str) -> str:
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"data.chat_template={name}: no such file; give a file of Jinja, or chatml")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.chat_template={name}: not UTF-8 text ({error}); save the file as UTF-8") from None
 
-    A template with generation tags says itself what counts. Of any other, the assistant's part of a message is what
-    it adds to the rendering of the messages before that ends in a generation prompt.
+
+def turns(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    counted: list[bool],
+    tools: Any,
+    special: tuple[str, ...],
+    where: str,
+) -> tuple[list[tuple[str, bool]], bool]:
+    """Cut the rendered conversation into `(text, whether the loss is on it)`, up to the last that counts.
+
+    A template with generation tags says itself what the assistant says. With any other, the assistant's part of a
+    message is what it adds to the rendering of the messages before that ends in a generation prompt.
+
+    Args:
+        tokenizer: with the chat template.
+        messages: as the template takes them.
+        counted: of each message, whether the loss is on it.
+        tools: for the template.
+        special: texts of the special tokens.
+        where: the errors begin with it.
+
+    Returns:
+        The pieces; and whether the template ends the last turn itself, by a special token.
 
     Raises:
         ValueError: beginning with `where`, on messages that the template does not take.
         SetupError: when it cannot be used for this at all.
     """
+    template = tokenizer.get_chat_template(tools=tools)
+    marked = MARKED.search(template) is not None
+    cut = _marked(tokenizer, template, messages, tools, where) if marked else _added(tokenizer, messages, tools, where)
+    pieces, last = _counted(cut, messages, counted, where), 0
+    for number, (text, counts) in enumerate(pieces):
+        last = number if counts and text else last
+    # What tags leave out of a turn may be its end.
+    behind = "".join(text for text, _ in pieces[last + 1 :]).lstrip() if marked else ""
+    return pieces[: last + 1], pieces[last][0].rstrip().endswith(special) or behind.startswith(special)
+
+
+def _counted(
+    cut: list[tuple[str, bool]], messages: list[dict[str, Any]], counted: list[bool], where: str
+) -> list[tuple[str, bool]]:
+    """Leave out of what counts the assistant's messages that do not."""
+    wanted = [counts for message, counts in zip(messages, counted, strict=True) if message["role"] == "assistant"]
+    if all(wanted):
+        return cut
+    if len(wanted) != sum(says for _, says in cut):
+        raise ValueError(
+            f"{where}: some of the assistant's messages have weight 0, and the chat template does not have one pair of "
+            "generation tags for each of them"
+        )
+    each = iter(wanted)
+    return [(text, says and next(each)) for text, says in cut]
+
+
+def _added(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str) -> list[tuple[str, bool]]:
+    """Cut by what each message adds to the rendering of those before."""
 
     def render(count: int, prompt: bool) -> str:
         return _rendered(
@@ -74,9 +133,6 @@ def turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str
             raise ValueError(f"{where}: the chat template does not tell where the first message's words begin")
         return before + header
 
-    template = tokenizer.get_chat_template(tools=tools)
-    if MARKED.search(template):
-        return _marked(tokenizer, template, messages, tools, where)
     ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     texts = [text for i in ends for text in (opening(i), render(i + 1, False))]
     pieces, before = [], ""
@@ -89,12 +145,13 @@ def turns(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, where: str
             )
         pieces.append((text[len(before) :], number % 2 == 1))
         before = text
-    return pieces[:-1]
+    return pieces
 
 
 def _marked(
     tokenizer: Any, template: str, messages: list[dict[str, Any]], tools: Any, where: str
 ) -> list[tuple[str, bool]]:
+    """Cut by the template's generation tags."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     given = {"chat_template": template, "return_assistant_tokens_mask": True}
@@ -109,7 +166,7 @@ def _marked(
     for start, stop in places:
         pieces += [(text[end:start], False), (text[start:stop], True)]
         end = stop
-    return pieces
+    return [*pieces, (text[end:], False)]
 
 
 def _rendered(render: Callable[[], Any], where: str, tokenizer: Any) -> Any:

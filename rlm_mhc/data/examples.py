@@ -10,18 +10,20 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from rlm_mhc.data.identity import identify
 from rlm_mhc.data.instructions import Example
 from rlm_mhc.data.packing import HELD_OUT_EVERY, hold_out, padded
-from rlm_mhc.data.prepare import Prepared, bad_share, digest, say_bad_lines, says_held_out
+from rlm_mhc.data.prepare import Prepared, bad_share, say_skipped, says_held_out
 from rlm_mhc.data.reuse import locked, make_or_reuse
 from rlm_mhc.data.segments import segment_ids
-from rlm_mhc.data.sources import BadLines, Source
+from rlm_mhc.data.sources import BadLines, Source, digest
 from rlm_mhc.data.token_file import batches, read_tokens, token_dtype
-from rlm_mhc.data.tokenizer import beginning, special_tokens, tokenizer_fingerprint
+from rlm_mhc.data.tokenizer import beginning, id_bound, special_tokens, tokenizer_fingerprint
 from rlm_mhc.types import IGNORED_TARGET
 
-FORMAT = 2
+FORMAT, FORMER_FORMAT = 3, 2
 KINDS = ("bin", "counted", "lengths")
+NAMED_KEYS = 20
 COUNTED, LENGTHS = np.dtype(np.bool_), np.dtype(np.uint32)
 
 
@@ -80,14 +82,17 @@ def prepare_examples(
         ValueError: on bad data, naming file and line, or when there is no example at all.
     """
     bad = BadLines(strict=strict, max_fraction=max_bad_fraction, say=say)
-    sources = [source.fingerprint, eval_source.fingerprint if eval_source else "held-out"]
-    key = ["examples", FORMAT, *sources, tokenizer_fingerprint(tokenizer), max_length]
     write = partial(_write, source, eval_source, tokenizer, max_length, bad)
     names = [f"{part}.{kind}" for part in ("train", "eval") for kind in KINDS]
     with locked(folder, say):
+        identity = identify(folder, [source, eval_source])
+        encoding = [tokenizer_fingerprint(tokenizer), max_length]
+        key = ["examples", FORMAT, *identity.content, *encoding]
+        former = ["examples", FORMER_FORMAT, *identity.former, *encoding]
         meta, reused = make_or_reuse(folder, key, names, write, bad)
-        train, evaluation = (_read(folder, part, token_dtype(len(tokenizer)), max_length) for part in ("train", "eval"))
-    say_bad_lines(meta, say)
+        dtype = token_dtype(id_bound(tokenizer))
+        train, evaluation = (_read(folder, part, dtype, max_length) for part in ("train", "eval"))
+    say_skipped(meta, say)
     for given, made in ((source, train), (eval_source, evaluation)):
         if given is not None and made.total < 1:
             raise ValueError(f"{given.name}: it holds no example")
@@ -99,16 +104,37 @@ def prepare_examples(
         f"tokens       {meta['tokens']:,} {origin}, {meta['counted']:,} of them counted: {train.total:,} to train on, "
         f"rows of {max_length} tokens (the longest needs {longest}), {says_held_out(evaluation, 'examples')}"
     )
-    if meta["cut"]:
-        say(f"cut          {meta['cut']:,} examples at data.max_length={max_length} tokens")
+    _say_of_examples(meta, max_length, say)
     ends = turn_ends(train, special_tokens(tokenizer).values())
-    return Prepared(train, evaluation, tokenizer, digest([key, train.total]), bad_share(meta), ends)
+    if not ends:
+        say("warning      no special token that ends an example is learned, so generation will not stop by itself")
+    fingerprint, before = (digest([name, train.total]) for name in (key, former))
+    return Prepared(train, evaluation, tokenizer, fingerprint, bad_share(meta), ends, before)
 
 
-def encode(
-    examples: Iterator[Example], tokenizer: Any, length: int, bad: BadLines
-) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Of each example the tokens, at most `length + 1`, which of them count, and whether it was cut.
+def _say_of_examples(meta: dict[str, Any], length: int, say: Callable[[str], object]) -> None:
+    if meta["cut"]:
+        say(f"cut          {meta['cut']:,} examples at data.max_length={length} tokens")
+    if meta["ended"]:
+        say(
+            f"end of text  is appended to {meta['ended']:,} examples, and learned: the chat template ends the "
+            "assistant's turns with no special token, at which generation could stop"
+        )
+    if meta["unused"]:
+        say(f"no effect    of the keys {', '.join(map(repr, meta['unused']))}: the chat template does not name them")
+
+
+class Encoded(NamedTuple):
+    """The tokens of an example, at most `length + 1`, which of them count, and whether it was cut."""
+
+    example: Example
+    tokens: np.ndarray
+    counted: np.ndarray
+    cut: bool
+
+
+def encode(examples: Iterator[Example], tokenizer: Any, length: int, bad: BadLines) -> Iterator[Encoded]:
+    """Tokenize examples.
 
     Raises:
         ValueError: as `BadLines` has it on an example without a target.
@@ -118,7 +144,7 @@ def encode(
         tokens, counted = (np.array([column[i] for column in cut]) for i in range(2))
         if counted[1:].any():
             used = int(np.flatnonzero(counted)[-1]) + 1
-            yield tokens[:used], counted[:used], len(row) > length + 1
+            yield Encoded(example, tokens[:used], counted[:used], len(row) > length + 1)
             continue
         what = f"none of the first {length} (data.max_length) of its {len(row)} tokens is before one that counts"
         bad.skip(ValueError(f"{example.where}: {what}; raise that, or shorten the prompt"), counted=True)
@@ -147,7 +173,7 @@ def _rows(examples: Iterator[Example], tokenizer: Any) -> Iterator[tuple[Example
             for example, ids in zip(alike, segment_ids(texts, tokenizer, special=rendered), strict=True):
                 parts = zip(example.segments, ids, strict=True)
                 row = [(token, part.counted) for part, own in parts for token in own]
-                yield example, row if rendered else [*first, *row, last]
+                yield example, [*([] if rendered else first), *row, *([] if example.closed else [last])]
 
 
 def _write(
@@ -158,19 +184,25 @@ def _write(
     bad: BadLines,
     files: dict[str, BinaryIO],
 ) -> dict[str, Any]:
-    said = {"train": 0, "eval": 0, "tokens": 0, "counted": 0, "cut": 0}
-    dtype = token_dtype(len(tokenizer))
+    said = {"train": 0, "eval": 0, "tokens": 0, "counted": 0, "cut": 0, "ended": 0}
+    unused: set[str] = set()
+    dtype = token_dtype(id_bound(tokenizer))
     for given, kind in ((source, "train"), *([(eval_source, "eval")] if eval_source is not None else [])):
         rows = encode(given.read(bad), tokenizer, length, bad)
-        for index, (tokens, counted, cut) in enumerate(tqdm(rows, desc="tokenizing", unit=" examples")):
+        for index, (example, tokens, counted, cut) in enumerate(tqdm(rows, desc="tokenizing", unit=" examples")):
             held_out = eval_source is None and index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             part = "eval" if held_out else kind
             columns = (tokens.astype(dtype), counted.astype(COUNTED), np.array([len(tokens)], LENGTHS))
             for name, column in zip(KINDS, columns, strict=True):
                 files[f"{part}.{name}"].write(column.tobytes())
-            for name, more in ((part, 1), ("tokens", len(tokens)), ("counted", int(counted.sum())), ("cut", int(cut))):
-                said[name] += more
-    return said
+            said[part] += 1
+            said["tokens"] += len(tokens)
+            said["counted"] += int(counted.sum())
+            said["cut"] += cut
+            said["ended"] += example.rendered and not example.closed
+            if len(unused) < NAMED_KEYS:
+                unused |= example.unused
+    return {**said, "unused": sorted(unused)[:NAMED_KEYS]}
 
 
 def _read(folder: Path, part: str, dtype: np.dtype, length: int) -> Examples:

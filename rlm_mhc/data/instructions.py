@@ -5,12 +5,12 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rlm_mhc.data.chat import turns
-from rlm_mhc.data.sources import BadLines, Parse, record_source, string_field, whole_characters
+from rlm_mhc.data.messages import CHAT, conversation, unused_keys
+from rlm_mhc.data.sources import BadLines, Parse, record_source, string_field
 from rlm_mhc.data.tokenizer import special_tokens
 
 FORMATS = ("auto", "text", "completion", "chat")
 COMPLETION = '{"prompt": "…", "completion": "…"}'
-CHAT = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 ONE_FORMAT = "all lines of a data set have one format, that of the first good one or of data.format"
 
 
@@ -25,12 +25,15 @@ class Example(NamedTuple):
     """Segments in their order, none of them empty, and `where` they were read, for errors.
 
     `rendered`: a template wrote them, special tokens and all. Otherwise what spells such a token are letters, and an
-    example begins as the tokenizer begins every text, and ends with end of text, which counts.
+    example begins as the tokenizer begins every text. `closed`: the segments end as they are to end; otherwise end of
+    text, which counts, follows. `unused`: keys of the record that have no effect.
     """
 
     segments: tuple[Segment, ...]
     rendered: bool
     where: str
+    closed: bool = False
+    unused: frozenset[str] = frozenset()
 
 
 def find_format(path: str, text_field: str, key: str = "data.train_path") -> str:
@@ -77,14 +80,16 @@ def completion_parse() -> Parse:
 def chat_parse(tokenizer: Any) -> Parse:
     """`{"messages"}` as the tokenizer's chat template renders them, the loss being on what the assistant says.
 
-    A record's `tools`, where it has some, go to the template too.
+    A message of the assistant with weight 0 does not count. A record's `tools`, where it has some, go to the template
+    too. Where the template ends the last turn with no special token, end of text follows it, and counts.
     """
     special = tuple(special_tokens(tokenizer))
 
     def read(record: dict[str, Any], where: str) -> Example:
-        messages = _messages(record, where)
-        parts = turns(tokenizer, messages, record.get("tools"), where)
-        return Example(_segments(parts, special), True, where)
+        messages, counted, tools = conversation(record, where, ONE_FORMAT)
+        parts, closed = turns(tokenizer, messages, counted, tools, special, where)
+        unused = unused_keys(record, tokenizer.get_chat_template(tools=tools))
+        return Example(_segments(parts, special), True, where, closed, frozenset(unused))
 
     return Parse(read, CHAT, ["chat", tokenizer.chat_template])
 
@@ -99,31 +104,3 @@ def _segments(parts: list[tuple[str, bool]], special: tuple[str, ...]) -> tuple[
         cut += [(body, counted), (text[len(body) :], False)]
     runs = groupby((part for part in cut if part[0]), itemgetter(1))
     return tuple(Segment("".join(text for text, _ in run), counted) for counted, run in runs)
-
-
-def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    messages = record.get("messages")
-    if messages is None:
-        fields = ", ".join(map(repr, list(record)[:5])) or "none"
-        raise ValueError(f"{where}: no field 'messages' (fields: {fields}); {ONE_FORMAT}")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: field 'messages' is no list of messages; expected {CHAT}")
-    for number, message in enumerate(messages):
-        role, content = (
-            (message.get(name) for name in ("role", "content")) if isinstance(message, dict) else (None,) * 2
-        )
-        if not isinstance(role, str) or not (isinstance(content, str) or message.get("tool_calls")):
-            raise ValueError(f"{where}: messages[{number}] has no string 'role' and 'content'; expected {CHAT}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
-    return _clean(messages)
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, str):
-        return whole_characters(value)
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _clean(item) for key, item in value.items()}
-    return value

@@ -1,6 +1,5 @@
 """Tokenizer and token files of a run, made once and reused while data and tokenizer are unchanged."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,12 +10,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from rlm_mhc.data.identity import Identity, identify
 from rlm_mhc.data.packing import HELD_OUT_EVERY, Rows, hold_out, windows
 from rlm_mhc.data.reuse import locked, make_or_reuse, write_whole
-from rlm_mhc.data.sources import BadLines, Source
+from rlm_mhc.data.sources import BadLines, Source, digest
 from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
 from rlm_mhc.data.tokenizer import (
     beginning,
+    id_bound,
     load_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
@@ -29,8 +30,9 @@ TRAIN_FILE, EVAL_FILE = "train.bin", "eval.bin"
 
 class Prepared(NamedTuple):
     """Rows to train on and to evaluate on (possibly none), the tokenizer they were made with, a fingerprint of the
-    training rows: where it is the same, so is each row; the share of the lines read that were bad; and the special
-    tokens that end what is to be said, where that is a part of each row only."""
+    training rows: where it is the same, so is each row; the share of the lines read that were bad; the special
+    tokens that end what is to be said, where that is a part of each row only; and the fingerprint that earlier
+    versions gave these rows, by path, size and time of the files."""
 
     train: Rows
     evaluation: Rows
@@ -38,6 +40,11 @@ class Prepared(NamedTuple):
     fingerprint: str
     bad_fraction: float = 0.0
     turn_ends: tuple[int, ...] = ()
+    former: str = ""
+
+    def has(self, fingerprint: Any) -> bool:
+        """Return whether a checkpoint with this fingerprint was trained on these rows."""
+        return bool(fingerprint) and fingerprint in (self.fingerprint, self.former)
 
 
 def prepare(
@@ -70,18 +77,18 @@ def prepare(
         FileNotFoundError: on a missing tokenizer.
         ValueError: on bad data, naming file and line, or when there is no text at all.
     """
-    sources = [source.fingerprint, eval_source.fingerprint if eval_source else "held-out"]
     with locked(folder, say):
+        identity = identify(folder, [source, eval_source])
         bad = BadLines(strict=strict, max_fraction=max_bad_fraction)
-        made = _tokenizer(folder, source, tokenizer, vocab_size, say, bad)
+        made = _tokenizer(folder, source, identity, tokenizer, vocab_size, say, bad)
         bad = BadLines(strict=strict, max_fraction=max_bad_fraction, say=say)
-        key = [FORMAT, *sources, tokenizer_fingerprint(made)]
-        dtype = token_dtype(len(made))
+        key, former = ([FORMAT, *prints, tokenizer_fingerprint(made)] for prints in identity)
+        dtype = token_dtype(id_bound(made))
         write = partial(_write_tokens, source, eval_source, made, dtype, bad)
-        meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad)
+        meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad, former)
         train, evaluation = (windows(read_tokens(folder / name, dtype), max_length) for name in (TRAIN_FILE, EVAL_FILE))
     origin = f"reused from {folder}" if reused else f"from {meta['documents']:,} documents"
-    say_bad_lines(meta, say)
+    say_skipped(meta, say)
     own = meta["train"] + (meta["eval"] if eval_source is None else 0)
     if own <= meta["documents"] * len([*beginning(made), made.eos_token_id]):  # beginnings and ends of text alone
         raise ValueError(f"{source.name}: it holds no text to train on")
@@ -92,23 +99,21 @@ def prepare(
     tokens = meta["train"] + meta["eval"]
     held_out = says_held_out(evaluation, "windows")
     say(f"tokens       {tokens:,} {origin}: {train.total:,} windows of {max_length} to train on, {held_out}")
-    return Prepared(train, evaluation, made, digest([key, max_length, train.total]), bad_share(meta))
-
-
-def digest(content: Any) -> str:
-    """A fingerprint of JSON values."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    fingerprint, before = (digest([name, max_length, train.total]) for name in (key, former))
+    return Prepared(train, evaluation, made, fingerprint, bad_share(meta), former=before)
 
 
 def bad_share(meta: dict[str, Any]) -> float:
-    """Of the lines that were read."""
+    """Return the fraction of invalid lines."""
     return meta["bad"] / max(meta["lines"], 1)
 
 
-def say_bad_lines(meta: dict[str, Any], say: Callable[[str], object]) -> None:
-    """Say how many there were, if any."""
+def say_skipped(meta: dict[str, Any], say: Callable[[str], object]) -> None:
+    """Say how many lines and files were skipped, if any."""
     if meta["bad"]:
         say(f"bad lines    {meta['bad']:,} of {meta['lines']:,} skipped")
+    if meta.get("empty_files"):
+        say(f"empty files  {meta['empty_files']:,} skipped")
 
 
 def says_held_out(evaluation: Rows, what: str) -> str:
@@ -119,13 +124,19 @@ def says_held_out(evaluation: Rows, what: str) -> str:
 
 
 def _tokenizer(
-    folder: Path, source: Source, name: str, vocab_size: int, say: Callable[[str], object], bad: BadLines
+    folder: Path,
+    source: Source,
+    identity: Identity,
+    name: str,
+    vocab_size: int,
+    say: Callable[[str], object],
+    bad: BadLines,
 ) -> Any:
     if name != "auto":
         return load_tokenizer(name, vocab_size)
     home, key_file = folder / "tokenizer", folder / "tokenizer" / "trained_on.json"
-    key = json.dumps([FORMAT, source.fingerprint, vocab_size])
-    if key_file.is_file() and key_file.read_text(encoding="utf-8") == key:
+    key, former = (json.dumps([FORMAT, prints[0], vocab_size]) for prints in identity)
+    if key_file.is_file() and key_file.read_text(encoding="utf-8") in (key, former):
         return load_tokenizer(str(home), vocab_size)
     say(f"tokenizer    training a byte-level BPE of {vocab_size:,} entries on the data …")
     trained = train_tokenizer(source, vocab_size, bad)

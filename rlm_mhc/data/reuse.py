@@ -41,18 +41,23 @@ def make_or_reuse(
     names: Sequence[str],
     write: Callable[[dict[str, BinaryIO]], dict[str, Any]],
     bad: BadLines,
+    former: list[Any] | None = None,
 ) -> tuple[dict[str, Any], bool]:
-    """What `write(files by name)` said of the files, and whether they are those of an earlier call.
+    """Return what `write(files by name)` returned, and whether the files are those of an earlier call.
 
-    They are where they lie there whole, of the same `key`, and made from no more bad lines than are allowed now.
-    What was said has `lines` and `bad`, those of the reading, added to it. To be called with the folder `locked`.
+    Files are reused where they are whole, have the same `key`, or the `former` one that an earlier version wrote, and
+    were made from no more bad lines than are allowed now. `lines`, `bad` and `empty_files` of the reading are added to
+    what is returned. To be called with the folder `locked`.
 
     Raises:
         ValueError: when too many lines are bad; nothing is left to be reused then.
         OSError: when they cannot be written; nothing of them is left then.
     """
     meta = _read_meta(folder)
-    if _whole(folder, meta, key, names, bad):
+    if meta.get("key") in (key, former or key) and _whole(folder, meta, names, bad):
+        if meta["key"] != key:
+            with suppress(OSError):  # a folder that is only read
+                _write_meta(folder, meta | {"key": key})
         return meta, True
     folder.mkdir(parents=True, exist_ok=True)
     (folder / META_FILE).unlink(missing_ok=True)
@@ -66,8 +71,9 @@ def make_or_reuse(
         for name, path in made.items():
             sync(path)
             os.replace(path, folder / name)
-    meta = said | {"lines": bad.lines, "bad": bad.bad, "key": key, "files": files}
-    write_whole(folder / META_FILE, json.dumps(meta, indent=2).encode())
+    read = {"lines": bad.lines, "bad": bad.bad, "empty_files": bad.empty_files}
+    meta = said | read | {"key": key, "files": files}
+    _write_meta(folder, meta)
     return meta, False
 
 
@@ -93,14 +99,18 @@ def write_whole(file: Path, content: bytes) -> None:
     replace_file(file, lambda path: path.write_bytes(content))
 
 
-def _whole(folder: Path, meta: dict[str, Any], key: list[Any], names: Sequence[str], bad: BadLines) -> bool:
-    if meta.get("key") != key:
+def _whole(folder: Path, meta: dict[str, Any], names: Sequence[str], bad: BadLines) -> bool:
+    if bad.strict and (meta["bad"] or meta.get("empty_files")):
         return False
-    if meta["bad"] and (bad.strict or meta["bad"] > bad.max_fraction * meta["lines"]):
+    if meta["bad"] > bad.max_fraction * meta["lines"]:
         return False
     files = {name: folder / name for name in names}
     there = all(file.is_file() for file in files.values())
     return there and meta["files"] == {name: described(file) for name, file in files.items()}
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    write_whole(folder / META_FILE, json.dumps(meta, indent=2).encode())
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -1,21 +1,17 @@
 """Documents: from JSON lines in files, or from the text that ships with every CPython."""
 
-import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import platform
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-SUFFIXES = (".jsonl", ".json", ".gz", ".zst")
-MAX_LINE_BYTES = 1 << 26
-PIECE_BYTES = 1 << 20
+from rlm_mhc.data.files import find_files
+from rlm_mhc.data.lines import MAX_LINE_BYTES, read_lines
+
 NAMED_BAD_LINES = 5
 LINES_TO_JUDGE_BY = 1000
 
@@ -37,7 +33,7 @@ class BadLines:
         self, *, strict: bool = True, max_fraction: float = 0.0, say: Callable[[str], object] = lambda line: None
     ) -> None:
         self.strict, self.max_fraction, self.say = strict, max_fraction, say
-        self.lines, self.bad, self.first = 0, 0, ""
+        self.lines, self.bad, self.first, self.empty_files = 0, 0, "", 0
 
     def skip(self, error: ValueError, *, counted: bool = False) -> None:
         """Count a line that `error` says is bad; `counted`: it is among the lines already, as a good one.
@@ -54,6 +50,18 @@ class BadLines:
         if self.lines >= LINES_TO_JUDGE_BY:
             self.finish()
 
+    def skip_file(self, error: ValueError) -> None:
+        """Count a file without a line.
+
+        Raises:
+            ValueError: that error, where the source is read strictly.
+        """
+        if self.strict:
+            raise error
+        self.empty_files += 1
+        if self.empty_files <= NAMED_BAD_LINES:
+            self.say(f"empty file   {error}; skipped")
+
     def finish(self) -> None:
         """Judge by all that was read.
 
@@ -68,12 +76,18 @@ class BadLines:
 
 
 class Source(NamedTuple):
-    """Documents, or examples, that can be read again from the start: `name` for people, `fingerprint` changing with
-    the content, `read(bad)` an iterator of texts, or of what a `Parse` gives, that tells bad lines to a `BadLines`."""
+    """Documents or examples that can be read again from the start.
+
+    `name` is for people. `read(bad)` yields texts, or what a `Parse` returns, and reports bad lines to a `BadLines`.
+    The identity of a source is its `fingerprint` together with the content of `files`, in the order of reading (see
+    `rlm_mhc.data.identity`). `former` is the fingerprint by path, size and time that earlier versions wrote.
+    """
 
     name: str
     fingerprint: str
     read: Callable[[BadLines], Iterator[Any]]
+    files: tuple[str, ...] = ()
+    former: str = ""
 
 
 class Parse(NamedTuple):
@@ -86,7 +100,7 @@ class Parse(NamedTuple):
 
 
 def builtin_source() -> Source:
-    """The documentation topics of `pydoc_data` and the sources of the standard library, about 32 MB of real text.
+    """Return the documentation topics of `pydoc_data` and the sources of the standard library, about 32 MB of text.
 
     It differs between Python versions, not between machines of one version with the same files installed.
     """
@@ -108,7 +122,8 @@ def builtin_source() -> Source:
                 yield text
 
     name = f"built-in corpus (standard library of Python {platform.python_version()}, {len(files)} files)"
-    return Source(name, _digest(["builtin", platform.python_version(), rows]), read)
+    former = digest(["builtin", platform.python_version(), rows])
+    return Source(name, digest(["builtin"]), read, tuple(map(str, files)), former)
 
 
 def jsonl_source(path: str, text_field: str = "text", *, key: str = "data.train_path") -> Source:
@@ -120,24 +135,28 @@ def record_source(path: str, parse: Parse, *, key: str = "data.train_path") -> S
     """What JSON lines stand for, streamed.
 
     Args:
-        path: a file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), a folder of such files, or a glob.
+        path: a file (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`), a folder of such files, or a glob; see `find_files`.
         parse: what to make of a line.
         key: what the path is called in error messages.
 
     Raises:
         FileNotFoundError: when nothing matches the path.
-        ValueError: while reading, on a file that cannot be read to its end, and as `BadLines` has it on a line that is
-            not a JSON object that `parse` takes.
+        ValueError: while reading, on a file that cannot be read to its end, when all files are empty, and as `BadLines`
+            has it on an empty file or a line that is not a JSON object that `parse` takes.
     """
     files = find_files(path, key)
     rows = [(os.path.abspath(f), os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
 
-    def read(bad: BadLines) -> Iterator[Any]:
-        for file in files:
-            yield from _read_file(file, parse, bad)
-
     name = files[0] if len(files) == 1 else f"{path} ({len(files)} files)"
-    return Source(name, _digest(["jsonl", parse.key, rows]), read)
+
+    def read(bad: BadLines) -> Iterator[Any]:
+        lines = 0
+        for file in files:
+            lines += yield from _read_file(file, parse, bad)
+        if not lines:
+            raise ValueError(f"{name}: {_empty(parse, files)}")
+
+    return Source(name, digest(["jsonl", parse.key]), read, tuple(files), digest(["jsonl", parse.key, rows]))
 
 
 def text_parse(field: str) -> Parse:
@@ -172,32 +191,10 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def find_files(path: str, key: str = "data.train_path") -> list[str]:
-    """The data files that a path, folder or glob stands for, sorted.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: on a single file with an unknown ending.
-    """
-    path = os.path.expanduser(path)
-    if os.path.isdir(path):
-        found = [f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if f.endswith(SUFFIXES)]
-        if not found:
-            raise FileNotFoundError(f"{key}={path}: the folder has no file ending in {', '.join(SUFFIXES)}")
-        return sorted(found)
-    if os.path.isfile(path):
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"{key}={path}: expected a file ending in {', '.join(SUFFIXES)}")
-        return [path]
-    found = sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
-    if not found:
-        raise FileNotFoundError(f"{key}={path}: no such file or folder, and no file matches it as a pattern")
-    return found
-
-
-def _read_file(file: str, parse: Parse, bad: BadLines) -> Iterator[Any]:
+def _read_file(file: str, parse: Parse, bad: BadLines) -> Generator[Any, None, int]:
+    """Yield what the lines of a file stand for; return how many lines it has."""
     number = 0
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(read_lines(file), start=1):
         if line is not None and not line.strip(b"\xef\xbb\xbf \t\r\n"):
             continue
         where = f"{file}, line {number}"
@@ -211,39 +208,13 @@ def _read_file(file: str, parse: Parse, bad: BadLines) -> Iterator[Any]:
         bad.lines += 1
         yield parsed
     if number == 0:
-        raise ValueError(f"{file}: the file is empty; expected one JSON object per line, {parse.expected}")
+        bad.skip_file(ValueError(f"{file}: {_empty(parse, [file])}"))
+    return number
 
 
-def _lines(file: str) -> Iterator[bytes | None]:
-    """The lines of a file; None in place of one that is longer than `MAX_LINE_BYTES`, which is never held whole."""
-    import zstandard
-
-    number = 0
-    try:
-        with _open(file) as content:
-            while line := content.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                whole = len(line) <= MAX_LINE_BYTES
-                yield line if whole else None
-                while not whole and line and not line.endswith(b"\n"):
-                    line = content.readline(PIECE_BYTES)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{file}: cannot be read after line {number} ({reason}); is it damaged or compressed under a wrong name?"
-        ) from None
-
-
-def _open(file: str) -> IO[bytes]:
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    content = open(file, "rb")  # noqa: SIM115
-    if not file.endswith(".zst"):
-        return content
-    import zstandard
-
-    frames = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True, closefd=True)
-    return io.BufferedReader(frames)
+def _empty(parse: Parse, files: list[str]) -> str:
+    what = "all files are" if files[1:] else "the file is"
+    return f"{what} empty; expected one JSON object per line, {parse.expected}"
 
 
 def _parsed(line: bytes | None, where: str, parse: Parse) -> Any:
@@ -271,5 +242,6 @@ def _record(line: bytes | None, where: str, expected: str) -> dict[str, Any]:
     return record
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Return a fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

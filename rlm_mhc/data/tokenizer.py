@@ -53,7 +53,7 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
 
     Raises:
         FileNotFoundError: when there is no tokenizer by that path or name.
-        ValueError: when it has no end-of-text token, or more entries than the model.
+        ValueError: when it has no end-of-text token, or ids that the model lacks.
     """
     from transformers import AutoTokenizer
 
@@ -73,12 +73,21 @@ def load_tokenizer(name: str, vocab_size: int) -> Any:
         tokenizer.init_kwargs.pop(how_it_was_found, None)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data.tokenizer={name}: it has no end-of-text token (eos_token) to separate documents with")
-    if len(tokenizer) > vocab_size:
+    if (needed := id_bound(tokenizer)) > vocab_size:
         raise ValueError(
-            f"data.tokenizer={name}: it has {len(tokenizer)} entries, more than model.vocab_size={vocab_size}; "
-            f"set model.vocab_size={len(tokenizer)}, or for a trained model give the tokenizer it was trained with"
+            f"data.tokenizer={name}: its {len(tokenizer)} entries have ids up to {needed - 1}, more than "
+            f"model.vocab_size={vocab_size} allows; set model.vocab_size={needed}, or for a trained model give the "
+            "tokenizer it was trained with"
         )
     return tokenizer
+
+
+def id_bound(tokenizer: Any) -> int:
+    """Return the largest id + 1, which is what `vocab_size` of a model must reach.
+
+    `len(tokenizer)` counts entries, and the ids of a pruned or merged tokenizer have gaps.
+    """
+    return 1 + max([*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder, *tokenizer.all_special_ids])
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -33,3 +33,20 @@ def llama_tokenizer(texts: list[str], vocab_size: int = 320, *, legacy: bool = F
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def tokenizer_with_gaps(tokenizer: Any, end_of_text: int) -> Any:
+    """Return a fast tokenizer whose end of text has that id, and every other entry the id that it had."""
+    import json
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    fields["model"]["vocab"][tokenizer.eos_token] = end_of_text
+    for token in fields["added_tokens"]:
+        if token["content"] == tokenizer.eos_token:
+            token["id"] = end_of_text
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(fields)), eos_token=tokenizer.eos_token
+    )

@@ -30,7 +30,7 @@ from rlm_mhc.train.kernels import pick_kernels
 from rlm_mhc.train.log import MetricsLog, report_to, require_wandb, start_wandb
 from rlm_mhc.train.loop import train
 from rlm_mhc.train.output import CHECKPOINTS, METRICS_FILE, begin_output
-from rlm_mhc.train.plan import Plan, make_plan
+from rlm_mhc.train.plan import Plan, epoch_lines, make_plan
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.train.signals import watch_signals
 from rlm_mhc.train.start import Start
@@ -87,6 +87,7 @@ def conduct(
     """
     facts = {"config": repr(run), "code": code_version(), "data": data.fingerprint, **start.method.facts}
     require_agreement(ranks, lambda: {**facts, "state": checksum(start.state)})
+    print(*epoch_lines(run.training, data.train.total, ranks.world), sep="\n", flush=True)
     step = _make_step(run, plan, start.method.parametrization, ranks)
     if not ranks.is_first:
         with watch_signals(ranks) as signals:

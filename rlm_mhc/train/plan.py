@@ -16,6 +16,8 @@ GIB = 1 << 30
 RESERVED_BYTES = GIB // 2
 # Above this share of what is there, what is counted is refused; between it and all, it is only warned of.
 CERTAIN = 0.9
+# More passes over the same data hardly lower the loss (Muennighoff et al., arXiv 2305.16264).
+USEFUL_EPOCHS = 16
 TYPICAL_UTILISATION = {"cpu": 0.3, "cuda": 0.4}
 
 
@@ -88,9 +90,29 @@ def make_plan(
     )
     if available is not None and sum(parts.values()) > available:
         lines += (f"warning      this may not fit; {MEMORY_ADVICE}",)
+    if training.scheduler.warmup_steps >= training.max_steps:
+        lines += (
+            f"warning      training.scheduler.warmup_steps={training.scheduler.warmup_steps} is not below "
+            f"training.max_steps={training.max_steps}: the learning rate rises to the end and never falls",
+        )
     if config.ffn_width % 16:
         lines += (f"warning      model.ffn_dim={config.ffn_width} is no multiple of 16, which wastes tensor cores",)
     return Plan(total, tokens, flops, parts, available, peak, lines, kernels)
+
+
+def epoch_lines(training: TrainConfig, sequences: int, world: int = 1) -> tuple[str, ...]:
+    """Return lines about how often a run sees each of its training sequences.
+
+    >>> epoch_lines(TrainConfig(batch_size=2, gradient_accumulation_steps=2, max_steps=30), 48)
+    ('epochs       2.5: 120 sequences are drawn from 48',)
+    """
+    drawn = training.max_steps * training.sequences_per_step * world
+    lines = [f"epochs       {drawn / max(sequences, 1):,.1f}: {drawn:,} sequences are drawn from {sequences:,}"]
+    if drawn > USEFUL_EPOCHS * sequences:
+        lines.append(
+            f"warning      more than {USEFUL_EPOCHS} epochs only overfit; lower training.max_steps or add data"
+        )
+    return tuple(lines)
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -84,7 +84,7 @@ def starting_point(
     if checkpoint is None:
         return Start(init_train_state(run.model, run.training, seed=run.seed, device=device), Position(run.seed))
     saved = describe_run(checkpoint) if is_run(checkpoint) else None
-    same_data = saved is not None and saved.get("data") == data.fingerprint
+    same_data = saved is not None and data.has(saved.get("data"))
     if run.resume == "auto" and saved is not None and not same_data:
         raise ValueError(
             f"{checkpoint}: it was trained on other data, or on sequences of another length "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.data.tokenizer import beginning
+from rlm_mhc.data.tokenizer import beginning, id_bound
 from rlm_mhc.fn import LMParams, generate
 
 CONTEXT = 5
@@ -40,7 +40,7 @@ def sample_text(
         max_new_tokens=new,
         stop_tokens=stops,
         generator=generator,
-        vocab_size=len(tokenizer),
+        vocab_size=id_bound(tokenizer),
         temperature=temperature,
         top_k=top_k,
     )

@@ -19,7 +19,7 @@ from rlm_mhc.data import (
     train_tokenizer,
     with_template,
 )
-from rlm_mhc.testing.tokenizers import llama_tokenizer
+from rlm_mhc.testing.tokenizers import llama_tokenizer, tokenizer_with_gaps
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -304,6 +304,129 @@ def test_a_special_token_at_the_cut_of_an_example_ends_no_turn(tmp_path, tokeniz
     cut = max(i for i, token in enumerate(tokens) if token == tokenizer.convert_tokens_to_ids("<|im_start|>"))
     for length, ends in ((cut, ()), (128, (tokenizer.convert_tokens_to_ids("<|im_end|>"),))):
         assert prepared(tmp_path, [{"messages": chat}], parse, tokenizer, length=length).turn_ends == ends
+
+
+OPEN = "{% for m in messages %}{{ '\\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
+OPEN += "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+TAGGED = "{% for m in messages %}{{ '\\n' + m['role'] + ': ' }}"
+TAGGED += "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+TAGGED += "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [OPEN, TAGGED])
+@pytest.mark.parametrize("behind", [[], [{"role": "user", "content": "thanks"}]])
+def test_turns_that_a_template_leaves_open_end_with_end_of_text(tmp_path, tokenizer, template, behind):
+    tokenizer.chat_template = template
+    said, records = [], [{"messages": CHAT + behind}] * 2
+    parse = chat_parse(tokenizer)
+    data = prepared(tmp_path, records, parse, tokenizer, length=128, said=said)
+    assert counted_texts(data.train, tokenizer) == [["a line of a matrix", "one across  <|endoftext|>"]]
+    assert data.turn_ends == (tokenizer.eos_token_id,)
+    prepared(tmp_path, records, parse, tokenizer, length=128, said=said)
+    assert sum(line.startswith("end of text  is appended to 2 examples") for line in said) == 2
+
+
+def test_a_turn_that_is_closed_has_one_end(tmp_path, tokenizer):
+    tokenizer.chat_template, said = PLAIN, []
+    prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, length=128, said=said)
+    assert not [line for line in said if line.startswith(("end of text", "warning"))]
+
+
+def test_an_end_that_generation_tags_leave_out_is_left_out_and_told_of(tmp_path, tokenizer):
+    tokenizer.chat_template = TAGGED.replace("{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    said = []
+    data = prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, length=128, said=said)
+    assert counted_texts(data.train, tokenizer) == [["a line of a matrix", "one across  "]]
+    assert [line for line in said if "generation will not stop by itself" in line]
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN, TAGGED])
+@pytest.mark.parametrize(("weights", "wanted"), [((0, 1), [1]), ((1, 0), [0]), ((1, 1), [0, 1])])
+def test_messages_of_weight_zero_are_read_and_not_counted(tmp_path, tokenizer, template, weights, wanted):
+    tokenizer.chat_template = template
+    chat, each = [dict(message) for message in CHAT], iter(weights)
+    for message in chat:
+        if message["role"] == "assistant":
+            message["weight"] = next(each)
+    data = prepared(tmp_path, [{"messages": chat}], chat_parse(tokenizer), tokenizer, length=128)
+    end = "<|im_end|>" if template != TAGGED else ""
+    texts = [f"{text}{end}" for text in ("a line of a matrix", "one across  ")]
+    expected = [texts[i] for i in wanted]
+    if template == TAGGED:
+        expected[-1] += "<|endoftext|>"
+    assert counted_texts(data.train, tokenizer) == [expected]
+    assert "a line of a matrix" in tokenizer.decode(data.train.inputs_and_targets(0)[0])
+
+
+def test_weights_need_a_tag_for_each_message(tmp_path, tokenizer):
+    twice = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    tokenizer.chat_template = TAGGED.replace(twice, twice * 2)
+    chat = [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match=r"line 1: some of the assistant's messages have weight 0"):
+        prepared(tmp_path, [{"messages": chat}], chat_parse(tokenizer), tokenizer, strict=True)
+
+
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['content'] %}{{ m['content'] }}{% endif %}"
+    "{% for call in m['tool_calls'] or [] %}{{ call.function.name + call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", ['{"n": "é"}', {"n": "é"}])
+@pytest.mark.parametrize("tagged", [False, True])
+def test_tool_calls_are_rendered_as_objects(tmp_path, tokenizer, arguments, tagged):
+    tokenizer.chat_template = TOOLS
+    if tagged:
+        start = "{% if m['role'] == 'assistant' %}{% generation %}"
+        tokenizer.chat_template = TOOLS.replace("{% if m['content'] %}", start + "{% if m['content'] %}").replace(
+            "{{ '<|im_end|>\\n' }}",
+            "{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+        )
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    chat = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    record = {"messages": chat, "tools": [{"type": "function", "function": {"name": "look"}}]}
+    data = prepared(tmp_path, [record], chat_parse(tokenizer), tokenizer, length=256)
+    assert counted_texts(data.train, tokenizer) == [['look{"n": "é"}<|im_end|>']]
+    assert tokenizer.decode(data.train.inputs_and_targets(0)[0]).startswith('[{"type": "function"')
+
+
+def test_keys_without_effect_are_named_once_also_of_reused_tokens(tmp_path, tokenizer):
+    tokenizer.chat_template = PLAIN
+    records = [{"messages": [{**message, "loss": 1} for message in CHAT], "id": i} for i in range(3)]
+    for _ in range(2):
+        said = []
+        prepared(tmp_path, records, chat_parse(tokenizer), tokenizer, length=128, said=said)
+        assert [line for line in said if "chat template does not name" in line] == [
+            "no effect    of the keys 'id', 'messages[].loss': the chat template does not name them"
+        ]
+
+
+@pytest.mark.parametrize("where", ["file", "tokenizer", "default"])
+def test_a_byte_order_mark_of_a_template_is_no_text(tmp_path, tokenizer, where):
+    (tmp_path / "chat.jinja").write_text("\ufeff" + PLAIN, encoding="utf-8")
+    if where != "file":
+        tokenizer.chat_template = "\ufeff" + PLAIN if where == "tokenizer" else {"default": "\ufeff" + PLAIN}
+    named = with_template(tokenizer, str(tmp_path / "chat.jinja") if where == "file" else None)
+    (text, _), *_ = chat_parse(named).read({"messages": CHAT}, "").segments
+    assert text.startswith("<|im_start|>system")
+
+
+def test_a_template_that_is_no_utf8_is_named(tmp_path, tokenizer):
+    (tmp_path / "chat.jinja").write_bytes(b"\xff\xfe" + PLAIN.encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"data\.chat_template=.*chat\.jinja: not UTF-8 text"):
+        with_template(tokenizer, str(tmp_path / "chat.jinja"))
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_examples_of_a_tokenizer_with_gaps_have_its_ids(tmp_path, trained, kind):
+    gaps = tokenizer_with_gaps(trained, 70000)
+    gaps.chat_template = OPEN
+    parse = chat_parse(gaps) if kind == "chat" else completion_parse()
+    data = prepared(tmp_path, [{"prompt": "a", "completion": "b", "messages": CHAT[1:3]}], parse, gaps)
+    assert data.train.inputs_and_targets(0)[1].max() == 70000
+    assert counted_texts(data.train, gaps)[0][0].endswith("<|endoftext|>")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from rlm_mhc.data import Source, jsonl_source, load_tokenizer, prepare, reuse, save_tokenizer, train_tokenizer
 from rlm_mhc.data.reuse import described
-from rlm_mhc.data.tokenizer import tokenizer_fingerprint
-from rlm_mhc.testing.tokenizers import llama_tokenizer
+from rlm_mhc.data.tokenizer import id_bound, tokenizer_fingerprint
+from rlm_mhc.testing.tokenizers import llama_tokenizer, tokenizer_with_gaps
 
 WORDS = ["stream", "matrix", "row", "column", "gain", "token", "layer", "head"]
 
@@ -244,3 +244,35 @@ def test_bad_lines_are_counted_once_and_also_of_reused_files(tmp_path):
         prepared(strict=True)
     with pytest.raises(ValueError, match=r"max_bad_fraction=0\.001"):
         prepared(max_bad_fraction=0.001)
+
+
+@pytest.mark.parametrize("end_of_text", [299, 70000])
+def test_ids_with_gaps_are_those_of_the_tokenizer(tmp_path, end_of_text):
+    tokenizer = tokenizer_with_gaps(train_tokenizer(source(texts(20)), 280), end_of_text)
+    assert (len(tokenizer), id_bound(tokenizer)) == (280, end_of_text + 1)
+    tokenizer.save_pretrained(tmp_path / "gaps")
+    name, documents = str(tmp_path / "gaps"), texts(3)
+    with pytest.raises(
+        ValueError, match=rf"ids up to {end_of_text}, more than model\.vocab_size=290 .*={end_of_text + 1},"
+    ):
+        run(tmp_path / "tokens", documents, tokenizer=name, vocab_size=290)
+    data = run(tmp_path / "tokens", documents, tokenizer=name, vocab_size=end_of_text + 1)
+    expected = [id for text in documents for id in [*tokenizer(text)["input_ids"], end_of_text]]
+    stream = np.concatenate([inputs_and_last_target(data.train), inputs_and_last_target(data.evaluation)[1:]])
+    assert stream.tolist() == expected
+    assert data.tokenizer.decode(expected).split("<|endoftext|>") == [*documents, ""]
+
+
+def test_empty_files_are_told_of_also_of_reused_tokens(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").touch()
+    (data / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(9)))
+    for eval_source in (None, jsonl_source(str(data))):
+        for _ in range(2):
+            said = []
+            run(tmp_path / "tokens", jsonl_source(str(data)), eval_source=eval_source, say=said.append)
+            assert f"empty files  {2 if eval_source else 1} skipped" in said
+    assert "reused" in said[-1]
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file is empty"):
+        run(tmp_path / "tokens", jsonl_source(str(data)), strict=True)

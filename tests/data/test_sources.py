@@ -39,16 +39,6 @@ def test_another_field_and_lone_surrogates(tmp_path):
     assert list(jsonl_source(str(tmp_path), "body").read(BadLines())) == ["x\ufffdy"]
 
 
-def test_fingerprint_follows_the_content(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text(LINES)
-    first = jsonl_source(str(file)).fingerprint
-    assert jsonl_source(str(file)).fingerprint == first
-    assert jsonl_source(str(file), "id").fingerprint != first
-    file.write_text(LINES * 2)
-    assert jsonl_source(str(file)).fingerprint != first
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -136,8 +126,8 @@ def test_too_many_bad_lines_end_the_reading_early(tmp_path):
 
 
 def test_an_endless_line_is_one_bad_line_and_is_never_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlm_mhc.data.sources.MAX_LINE_BYTES", 100)
-    monkeypatch.setattr("rlm_mhc.data.sources.PIECE_BYTES", 7)
+    monkeypatch.setattr("rlm_mhc.data.lines.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("rlm_mhc.data.lines.PIECE_BYTES", 7)
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD + b'{"text": "' + b"x" * 1000 + b'"}\n' + GOOD + b"[" * 500)
     bad = BadLines(strict=False, max_fraction=1.0)
@@ -152,3 +142,25 @@ def test_an_archive_that_ends_early_is_an_error_and_says_where(tmp_path):
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read after line \d{3,}"):
         list(jsonl_source(str(file)).read(BadLines(strict=False, max_fraction=1.0)))
+
+
+def test_empty_files_among_others_are_told_of_and_skipped_unless_strict(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "b.jsonl").write_bytes(GOOD)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b""))
+    said = []
+    bad = BadLines(strict=False, max_fraction=0.0, say=said.append)
+    source = jsonl_source(str(tmp_path))
+    assert list(source.read(bad)) == ["good"]
+    bad.finish()
+    assert (bad.lines, bad.bad, bad.empty_files) == (1, 0, 2)
+    assert [line.split(": ")[0] for line in said] == [f"empty file   {tmp_path / x}" for x in ("a.jsonl", "c.jsonl.gz")]
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file is empty"):
+        list(source.read(BadLines()))
+
+
+def test_data_of_empty_files_alone_are_an_error(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").touch()
+    with pytest.raises(ValueError, match=r"\(2 files\): all files are empty"):
+        list(jsonl_source(str(tmp_path)).read(BadLines(strict=False)))

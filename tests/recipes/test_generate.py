@@ -13,6 +13,7 @@ import torch
 from rlm_mhc import ModelConfig, fn, load_pretrained, save_pretrained
 from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
 from rlm_mhc.testing.models import disturbed, with_wide_vectors
+from rlm_mhc.testing.tokenizers import tokenizer_with_gaps
 from rlm_mhc.train.text import encode, sample_text, text_pieces
 
 WORDS = "Ünïcödé 数学 🙂🧮 grows; so does the list of words. "
@@ -86,6 +87,22 @@ def test_generation_ends_where_the_checkpoint_says(recipe, checkpoint, tmp_path)
     (tmp_path / "own" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     result = recipe("generate", f"checkpoint={tmp_path / 'own'}", "device=cpu")
     assert (result.code, "eos_token_id='</s>': expected the id" in result.last_error) == (2, True)
+
+
+def test_a_tokenizer_whose_ids_have_gaps_draws_and_ends_at_the_last_of_them(recipe, checkpoint, tmp_path):
+    gaps = tokenizer_with_gaps(load_tokenizer(str(checkpoint), 320), 319)
+    greedy = ["prompt=the list", "temperature=0", "max_new_tokens=12"]
+    params, config = load_pretrained(checkpoint)
+    embedding = torch.zeros_like(params.embed_tokens.weight)
+    ids = encode(gaps, "the list")
+    embedding[ids] = params.embed_tokens.weight[ids]
+    params = params._replace(embed_tokens=params.embed_tokens._replace(weight=embedding))
+    state = fn.collapse_streams(fn.backbone(params, torch.tensor([ids]), config).hidden)[0, -1]
+    embedding[319] = state * 9  # the embedding is the head
+    save_pretrained(tmp_path / "gaps", params, config)
+    gaps.save_pretrained(tmp_path / "gaps")
+    result = run(recipe, tmp_path / "gaps", *greedy)
+    assert (result.out, "nothing decoded" in result.err) == ("the list\n", True)
 
 
 @pytest.mark.parametrize(

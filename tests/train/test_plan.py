@@ -4,7 +4,7 @@ import torch
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.testing import small_config
-from rlm_mhc.train.plan import GIB, Plan, flops_per_token, make_plan
+from rlm_mhc.train.plan import GIB, Plan, epoch_lines, flops_per_token, make_plan
 from rlm_mhc.tree import size, size_bytes
 
 CPU = torch.device("cpu")
@@ -67,3 +67,19 @@ def test_operations_count_multiplied_parameters_and_attention():
     config = small_config(tie_embeddings=False, mhc_enabled=False)
     multiplied = fn.count(config) - config.vocab_size * config.hidden_dim
     assert flops_per_token(config, 10) == 6 * multiplied + 6 * 2 * 10 * 32
+
+
+@pytest.mark.parametrize(("warmup", "steps", "warned"), [(99, 100, 0), (100, 100, 1), (1000, 50, 1)])
+def test_a_warmup_without_an_end_is_warned_of(warmup, steps, warned):
+    training = TrainConfig(max_steps=steps, scheduler={"warmup_steps": warmup})
+    lines = [line for line in make_plan(small_config(), training, 64, CPU).lines if "warmup_steps" in line]
+    assert len(lines) == warned
+    assert all(f"warmup_steps={warmup} is not below training.max_steps={steps}" in line for line in lines)
+
+
+def test_many_epochs_are_warned_of():
+    training = TrainConfig(max_steps=40, batch_size=2, gradient_accumulation_steps=2)
+    assert epoch_lines(training, 20, world=2) == ("epochs       16.0: 320 sequences are drawn from 20",)
+    said, warning = epoch_lines(training, 19, world=2)
+    assert said == "epochs       16.8: 320 sequences are drawn from 19"
+    assert warning.startswith("warning      more than 16 epochs")

@@ -1,0 +1,132 @@
+"""Messages of a conversation: checked, in the form that chat templates take, and with what the loss counts."""
+
+import json
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from rlm_mhc.data.sources import whole_characters
+
+CHAT = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+# Names of one thing: transformers gives a message that has one of them the others too.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Conversation(NamedTuple):
+    """Messages and tools as a chat template takes them; `counted`: of each message, whether the loss is on it."""
+
+    messages: list[dict[str, Any]]
+    counted: list[bool]
+    tools: list[Any] | None
+
+
+def conversation(record: dict[str, Any], where: str, remedy: str) -> Conversation:
+    """Return the conversation in a record, as OpenAI's fine-tuning format has it, or as transformers takes it.
+
+    A key that is null counts as missing. The text parts of a content become one text, and the arguments of a tool call
+    an object.
+
+    Raises:
+        ValueError: beginning with `where`, when it holds none; `remedy` is for records without messages.
+    """
+    messages = record.get("messages")
+    if messages is None:
+        fields = ", ".join(map(repr, list(record)[:5])) or "none"
+        raise ValueError(f"{where}: no field 'messages' (fields: {fields}); {remedy}")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: field 'messages' is no list of messages; expected {CHAT}")
+    clean = [_message(message, f"{where}: messages[{number}]") for number, message in enumerate(messages)]
+    if not any(message["role"] == "assistant" for message, _ in clean):
+        raise ValueError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
+    if not any(counted for _, counted in clean):
+        raise ValueError(f"{where}: every message of the assistant has weight 0, so there is nothing to learn")
+    return Conversation([message for message, _ in clean], [counted for _, counted in clean], _tools(record, where))
+
+
+def unused_keys(record: dict[str, Any], template: str) -> set[str]:
+    """Return the keys of a record and of its messages that have no effect, since the template does not name them."""
+    inner = {key for message in record["messages"] for key, value in message.items() if value is not None}
+    unnamed = _unnamed(frozenset(inner - {"role", "content", "weight"}), template)
+    outer = {key for key, value in record.items() if value is not None}
+    return _unnamed(frozenset(outer - {"messages"}), template) | {f"messages[].{key}" for key in unnamed}
+
+
+@lru_cache(maxsize=1024)
+def _unnamed(keys: frozenset[str], template: str) -> frozenset[str]:
+    return frozenset(key for key in keys if not _names(template, REASONING if key in REASONING else [key]))
+
+
+def _names(template: str, keys: Iterable[str]) -> bool:
+    return any(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", template) for key in keys)
+
+
+def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
+    """Return a message as a template takes it, and whether the loss counts it."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} has no string 'role' and 'content'; expected {CHAT}")
+    fields = {key: _clean(value) for key, value in message.items() if value is not None}
+    weight = fields.pop("weight", None)
+    content = fields.get("content")
+    if isinstance(content, list):
+        fields["content"] = _joined(content, where)
+    elif not isinstance(content, str) and not (content is None and fields.get("tool_calls")):
+        raise ValueError(f"{where} has no string 'role' and 'content'; expected {CHAT}")
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], where)
+    says = fields["role"] == "assistant"
+    if weight is not None and (weight not in (0, 1) or (weight and not says)):
+        allowed = "0 or 1" if says else "left out, or 0: only what the assistant says is learned"
+        raise ValueError(f"{where}.weight is {weight!r}; expected it {allowed}")
+    return fields, says and weight != 0
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """Join the text parts of a content, as transformers' server does."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise ValueError(f'{where}.content has a part {str(kind)[:60]!r}; expected {{"type": "text", "text": "…"}}')
+    return " ".join(part["text"] for part in parts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[Any]:
+    """Parse arguments that are JSON in a string: a template would write them as a string in a string."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(f"{where}.tool_calls is no list of objects")
+    return [_tool_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+
+
+def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{where}: its arguments are {function['arguments'][:60]!r}; expected a JSON object")
+    parsed = {**function, "arguments": _clean(arguments)}
+    return {**call, "function": parsed} if "function" in call else parsed
+
+
+def _tools(record: dict[str, Any], where: str) -> list[Any] | None:
+    tools = record.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError:
+        raise ValueError(f"{where}: field 'tools' is not JSON; expected a list of objects") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise ValueError(f"{where}: field 'tools' is no list of objects")
+    return _clean(tools)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _clean(item) for key, item in value.items()}
+    return value
