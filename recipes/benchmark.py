@@ -36,7 +36,7 @@ from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token
 from rlm_mhc.tree import tree_map
-from rlm_mhc.validation import at_least, check, one_of, section
+from rlm_mhc.validation import at_least, check, location, one_of, section
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OTHERS = ("decode", "kernels")
@@ -58,7 +58,7 @@ class BenchmarkConfig:
     only_first_step: bool = False
     device: str = one_of("auto", "cpu", "cuda")
     seed: int = at_least(0, 42)
-    output_dir: str = "recipes/results"
+    output_dir: str = location("recipes/results")
     debug: bool = False
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import check_compiler
 from rlm_mhc.tree import size_bytes, tree_map
-from rlm_mhc.validation import at_least, check, one_of, section
+from rlm_mhc.validation import at_least, check, location, one_of, section
 
 OURS, PLAIN, PEER = "mHC", "no mHC", "transformers Llama, static cache"
 Decode = Callable[[], Tensor]
@@ -40,7 +40,7 @@ class DecodeConfig:
     threads: int | None = at_least(1, None)
     device: str = one_of("auto", "cpu", "cuda")
     seed: int = at_least(0, 42)
-    output_dir: str = "recipes/results"
+    output_dir: str = location("recipes/results")
     debug: bool = False
 
     def __post_init__(self) -> None:

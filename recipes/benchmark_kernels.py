@@ -30,7 +30,7 @@ from rlm_mhc.testing.kernel_peers import PEER_OPS, PEERS, Implementation, Op, as
 from rlm_mhc.testing.kernel_results import BEYOND_CACHES, merged, size_of, source_digest, table
 from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
-from rlm_mhc.validation import at_least, check, in_short, one_of, some_of
+from rlm_mhc.validation import at_least, check, in_short, location, one_of, some_of
 
 ROOT = Path(__file__).parents[1]
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,7 +56,7 @@ class KernelsConfig:
     tests: bool = True
     smoke: bool = False
     device: str = one_of("auto", "cpu", "cuda")
-    output_dir: str = "recipes/results"
+    output_dir: str = location("recipes/results")
     debug: bool = False
 
     def __post_init__(self) -> None:

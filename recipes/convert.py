@@ -13,15 +13,15 @@ from rlm_mhc.checkpoint.shards import SHARD_BYTES
 from rlm_mhc.convert import to_llama, upcycle
 from rlm_mhc.params import count
 from rlm_mhc.train import command
-from rlm_mhc.validation import at_least, check, one_of
+from rlm_mhc.validation import at_least, check, location, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """What to convert, and for `to_mhc` the hyper-connections to give it."""
 
-    source: str | None = None
-    output_dir: str | None = None
+    source: str | None = location(None)
+    output_dir: str | None = location(None)
     direction: str = one_of("to_mhc", "to_llama")
     mhc_enabled: bool | None = None
     mhc_flows: int | None = at_least(1, None)

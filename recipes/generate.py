@@ -1,6 +1,7 @@
 """Text from a checkpoint, as it is generated: `python recipes/generate.py checkpoint=DIR prompt="…" [key=value …]`.
 
-Text goes to stdout, tokens per second to stderr.
+Text goes to stdout, tokens per second to stderr. On a terminal its control characters are escaped; a file or a pipe
+receives them as they are.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from rlm_mhc.disk import text_lines
 from rlm_mhc.program import make_decoder
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import check_compiler
+from rlm_mhc.train.outlets import visible
 from rlm_mhc.train.text import encode, text_pieces
-from rlm_mhc.validation import at_least, one_of
+from rlm_mhc.validation import at_least, location, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,9 @@ class GenerateConfig(fn.Sampling):
     """What to generate, from what, and how tokens are drawn."""
 
     temperature: float = at_least(0, 0.8)
-    checkpoint: str = ""
+    checkpoint: str = location("")
     prompt: str | None = None
-    prompt_file: str | None = None
+    prompt_file: str | None = location(None)
     max_new_tokens: int = at_least(1, 200)
     compile: bool = False
     device: str = one_of("auto", "cpu", "cuda")
@@ -125,11 +127,12 @@ def main(run: GenerateConfig) -> None:
         print("compiling the decode step …", file=sys.stderr, flush=True)
         first = torch.zeros(1, 1, dtype=torch.int64, device=device)
         fn.generate(params, first, config, max_new_tokens=min(2, size - 1), decoder=decoder)
+    shown = visible if sys.stdout.isatty() else str
     for prompt, ids in prompts:
         clock = Clock()
-        print(prompt, end="", flush=True)
+        print(shown(prompt), end="", flush=True)
         for piece in text_pieces(tokenizer, clock.watch(steps(ids, run.max_new_tokens)), ids, stops):
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
         print(flush=True)
         print(f"prompt of {len(ids)} tokens at {len(ids) / clock.first:,.1f} tokens/s, {clock}", file=sys.stderr)
 

@@ -16,7 +16,7 @@ from rlm_mhc.program.hyper import projection_halves
 from rlm_mhc.testing.measure import provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.train import command, pick_device
-from rlm_mhc.validation import at_least, check, one_of
+from rlm_mhc.validation import at_least, check, location, one_of
 from rlm_mhc.variants import PROJECTIONS
 
 SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -33,7 +33,7 @@ class ProjectionsConfig:
     compile: bool = True
     device: str = one_of("auto", "cpu", "cuda")
     seed: int = at_least(0, 42)
-    output_dir: str = "recipes/results"
+    output_dir: str = location("recipes/results")
     debug: bool = False
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from rlm_mhc.train import pick_device
 from rlm_mhc.train.command import fail
 from rlm_mhc.train.diagnose import find_offender
 from rlm_mhc.train.kernels import pick_kernels
+from rlm_mhc.train.outlets import install_outlets
 from rlm_mhc.train.output import CONFIG_FILE, read_config
 from rlm_mhc.train.save import BATCH_FILE
 from rlm_mhc.train.start import load_state
@@ -71,6 +72,7 @@ def _table(recorded: dict[str, float], replayed: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
+    install_outlets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/bad_steps/checkpoint-STEP")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

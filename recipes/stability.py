@@ -25,7 +25,7 @@ from rlm_mhc.train import DataConfig, RunConfig, command, pick_device
 from rlm_mhc.train.curves import label_axes, save_figure
 from rlm_mhc.train.device import check_compiler
 from rlm_mhc.train.evaluate import evaluate
-from rlm_mhc.validation import at_least, check, one_of, positive
+from rlm_mhc.validation import at_least, check, location, one_of, positive
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "residual": {"mhc_enabled": False},
@@ -59,11 +59,11 @@ class StabilityConfig:
     seeds: int = at_least(1, 3)
     probes: int = at_least(1, 40)
     eval_batches: int = at_least(1, 32)
-    train_path: str | None = None
+    train_path: str | None = location(None)
     compile: bool = True
     device: str = one_of("auto", "cpu", "cuda")
-    work_dir: str = "outputs/stability"
-    output_dir: str = "recipes/results"
+    work_dir: str = location("outputs/stability")
+    output_dir: str = location("recipes/results")
     debug: bool = False
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rlm_mhc.disk import checksum, text_lines
 from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.train.outlets import install_outlets
 
 PRETRAIN = Path(__file__).with_name("pretrain_1b.py")
 OUT = "run"
@@ -183,6 +184,7 @@ def records(file: Path) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
+    install_outlets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -25,7 +25,7 @@ from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command
 from rlm_mhc.train.curves import label_axes, save_figure
-from rlm_mhc.validation import at_least, check, positive
+from rlm_mhc.validation import at_least, check, location, positive
 
 FINETUNE = Path(__file__).with_name("finetune.py")
 BETAS, EPS, CLIP, MIN_LR = (0.9, 0.95), 1e-8, 1.0, 0.1
@@ -49,10 +49,10 @@ class UpcyclingConfig:
     warmup: int = at_least(0, 10)
     eval_batches: int = at_least(1, 16)
     seed: int = at_least(0, 42)
-    train_path: str | None = None
+    train_path: str | None = location(None)
     compile: bool = False
-    work_dir: str = "outputs/upcycling"
-    output_dir: str = "recipes/results"
+    work_dir: str = location("outputs/upcycling")
+    output_dir: str = location("recipes/results")
     debug: bool = False
 
     def __post_init__(self) -> None:

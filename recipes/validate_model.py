@@ -15,7 +15,7 @@ from rlm_mhc.program.step import make_train_step
 from rlm_mhc.testing import TOLERANCE, largest_difference
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.tree import named_leaves, tree_map
-from rlm_mhc.validation import at_least, check, one_of, section
+from rlm_mhc.validation import at_least, check, location, one_of, section
 
 SEQUENCES, LENGTH = 2, 32
 
@@ -25,7 +25,7 @@ class ValidateConfig:
     """What to check: a checkpoint, or a fresh model of a config."""
 
     model: ModelConfig = section(ModelConfig)
-    checkpoint: str | None = None
+    checkpoint: str | None = location(None)
     device: str = one_of("auto", "cpu", "cuda")
     seed: int = at_least(0, 42)
     debug: bool = False

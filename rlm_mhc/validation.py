@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,11 @@ def one_of(*allowed: str, later: Iterable[str] = (), optional: bool = False) -> 
     this version does not have yet."""
     default = None if optional else allowed[0]
     return dataclasses.field(default=default, metadata={"names": allowed, "later": tuple(later)})
+
+
+def location(default: str | None) -> Any:
+    """A field of a path (or None where the type allows it), in which a leading `~` becomes the user's home."""
+    return dataclasses.field(default=default, metadata={"path": True})
 
 
 def some_of(*allowed: str | int) -> Any:
@@ -82,9 +88,27 @@ def check(config: Any, prefix: str = "") -> None:
             object.__setattr__(config, field.name, _some(name, value, allowed))
             continue
         value = _typed(name, value, hints[field.name])
+        if value is not None and field.metadata.get("path"):
+            value = os.path.expanduser(value)
         object.__setattr__(config, field.name, value)
         if value is not None:
             _check_rule(name, value, field.metadata)
+
+
+def text_fields(cls: type, prefix: str = "") -> list[str]:
+    """Return the dotted names of the fields of a config, and of its sections, that hold text.
+
+    >>> from rlm_mhc.config import TrainConfig
+    >>> text_fields(TrainConfig)[:3]
+    ['optimizer.type', 'scheduler.type', 'mixed_precision']
+    """
+    hints, names = typing.get_type_hints(cls), []
+    for field in dataclasses.fields(cls):
+        if section_type := field.metadata.get("section"):
+            names += text_fields(section_type, f"{prefix}{field.name}.")
+        elif hints[field.name] in (str, str | None):
+            names.append(prefix + field.name)
+    return names
 
 
 def build(cls: type[T], values: Any, prefix: str = "") -> T:
@@ -150,5 +174,6 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ValueError(f"{name}={value!r}: expected {KINDS[hint]}, not {type(value).__name__}")
+        remedy = "; put it in quotes" if hint is str else ""
+        raise ValueError(f"{name}={value!r}: expected {KINDS[hint]}, not {type(value).__name__}{remedy}")
     return value

@@ -1,31 +1,37 @@
-"""The ranks of a run under torchrun, and the one reduction that data parallelism needs."""
+"""The ranks of a run under torchrun or srun, and the one reduction that data parallelism needs."""
 
-import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlm_mhc.parallel.launch import Launch, read_launch
+
 T = TypeVar("T")
 RENDEZVOUS_TIMEOUT = timedelta(minutes=2)
 # Long enough for one rank to tokenize, evaluate or save while others wait; a dead rank is noticed by the watch.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Ranks(NamedTuple):
     """This process is number `rank` of `world`, and number `local` on its machine; alone it is 0 of 1.
 
-    `store` is where the ranks leave one another messages.
+    The ranks exchange messages in `store`; `connect(timeout)` opens another connection to it.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
     store: dist.Store | None = None
+    connect: Callable[[timedelta], dist.Store] | None = None
 
     @property
     def is_first(self) -> bool:
@@ -36,24 +42,78 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
-def find_ranks() -> Ranks:
-    """Who torchrun says this process is, met at its rendezvous; alone, nothing is started.
+def find_ranks(launch: Launch | None = None) -> Ranks:
+    """Meet the other ranks at the rendezvous that the environment names; alone, start nothing.
+
+    The store of an elastic restart still holds the messages of the attempts before. What the ranks write goes under a
+    name that they agree on here, and that no earlier attempt had.
 
     Raises:
-        ValueError: where the environment names several processes but not which of them this is, or where they do not
-            all come within two minutes.
+        ValueError: as `read_launch` does; when the ranks do not all come within two minutes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return Ranks()
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise ValueError(f"WORLD_SIZE={world} but no {', '.join(missing)}: start several processes with torchrun")
+    launch = read_launch() if launch is None else launch
+    if launch.world == 1:
+        return ALONE
     try:
-        store, rank, world = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
+        store, rank, world = next(dist.rendezvous(_url(launch), timeout=RENDEZVOUS_TIMEOUT))
+        attempt = f"rlm_mhc/{name_attempt(store, rank, world, RENDEZVOUS_TIMEOUT)}"
     except RuntimeError as error:
-        raise ValueError(f"the {world} ranks did not meet within {RENDEZVOUS_TIMEOUT}: {error}") from None
-    return Ranks(rank, world, int(os.environ["LOCAL_RANK"]), store)
+        raise ValueError(_absent(launch, error)) from None
+    return Ranks(rank, world, launch.local, dist.PrefixStore(attempt, store), partial(_connect, launch, attempt))
+
+
+def name_attempt(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """Return a new name that all ranks that call this now agree on, whatever earlier calls left in the store.
+
+    Rank 0 draws the name and confirms the sign that each other rank drew for itself. A name of an earlier attempt is
+    confirmed for the signs of that attempt only. `TORCHELASTIC_RESTART_COUNT` would not do: where one machine of
+    several fails, it counts there alone.
+
+    Raises:
+        RuntimeError: when a rank does not come within `timeout`.
+    """
+    sign = uuid.uuid4().hex
+    if rank == 0:
+        store.set("rlm_mhc/attempt", sign)
+        store.wait([f"{sign}/{other}" for other in range(1, world)], timeout)
+        store.set(f"{sign}/all", " ".join(store.get(f"{sign}/{other}").decode() for other in range(1, world)))
+        return sign
+    store.wait(["rlm_mhc/attempt"], timeout)
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        name = store.get("rlm_mhc/attempt").decode()
+        store.set(f"{name}/{rank}", sign)
+        if store.check([f"{name}/all"]) and sign in store.get(f"{name}/all").decode().split():
+            return name
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    raise RuntimeError("another rank did not come")
+
+
+def _url(launch: Launch) -> str:
+    return f"tcp://{_host(launch)}:{launch.port}?rank={launch.rank}&world_size={launch.world}"
+
+
+def _host(launch: Launch) -> str:
+    return f"[{launch.address}]" if ":" in launch.address else launch.address
+
+
+def _connect(launch: Launch, attempt: str, timeout: timedelta) -> dist.Store:
+    return dist.PrefixStore(attempt, dist.TCPStore(launch.address, launch.port, timeout=timeout))
+
+
+def _absent(launch: Launch, error: RuntimeError) -> str:
+    """Say what to do about ranks that did not meet."""
+    reason = " ".join(str(error).split())[:200]
+    remedy = (
+        "start every task with srun, or this one alone with srun --ntasks=1; rank 0 must be on the first host of the "
+        "node list, else set MASTER_ADDR; where the port is taken, set MASTER_PORT"
+        if launch.starter == "srun"
+        else "start every rank with torchrun, and let each reach MASTER_ADDR and MASTER_PORT"
+    )
+    return (
+        f"the {launch.world} ranks did not meet at {_host(launch)}:{launch.port} within {RENDEZVOUS_TIMEOUT}: "
+        f"{reason}; {remedy}"
+    )
 
 
 @contextmanager
@@ -64,7 +124,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
         return
     assert ranks.store is not None
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.PrefixStore("rlm_mhc/group", ranks.store)
+    store = dist.PrefixStore("group", ranks.store)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=COLLECTIVE_TIMEOUT)
     yield
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
@@ -29,7 +30,10 @@ def watch_ranks(ranks: Ranks, *, dead_after: float = DEAD_AFTER_SECONDS, beat: f
     if ranks.world == 1:
         yield
         return
-    watch = Watch(_connect(ranks, dead_after), ranks, dead_after, beat, _end)
+    assert ranks.connect is not None
+    # A connection of its own: the other one waits for one answer at a time.
+    store = dist.PrefixStore("watch", ranks.connect(timedelta(seconds=dead_after)))
+    watch = Watch(store, ranks, dead_after, beat, partial(_end, ranks))
     watch.start()
     try:
         yield
@@ -105,22 +109,11 @@ class Watch:
                 self.end("the rendezvous no longer answers: rank 0 or its machine died")
 
 
-def _connect(ranks: Ranks, dead_after: float) -> dist.Store:
-    """A connection of the watch's own, to a part of the store that no earlier attempt of this job has written to."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(
-        f"rlm_mhc/watch/{attempt}", dist.TCPStore(host, port, timeout=timedelta(seconds=dead_after))
-    )
-    return dist.PrefixStore(str(store.add(f"runs of {ranks.rank}", 1)), store)
-
-
 def _lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))
 
 
-def _end(why: str) -> None:
+def _end(ranks: Ranks, why: str) -> None:
     """Leave at once: the main thread may be waiting for a rank that is no more."""
-    rank = os.environ.get("RANK", "?")
-    print(f"error: rank {rank} ends because {why}", file=sys.stderr, flush=True)
+    print(f"error: rank {ranks.rank} ends because {why}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -76,7 +76,9 @@ def assert_as_accurate(actual: Any, plain: Any, exact: Any, factor: float = FACT
     """
     ours, theirs = _leaves(actual, exact)
     simple, _ = _leaves(plain, exact)
-    largest = {name: leaf.abs().max().item() for name, leaf in theirs.items() if leaf.numel() and leaf.is_floating_point()}
+    largest = {
+        name: leaf.abs().max().item() for name, leaf in theirs.items() if leaf.numel() and leaf.is_floating_point()
+    }
     dtypes = {simple[name].dtype for name in largest}
     eps, dtype = max(((torch.finfo(dtype).eps, dtype) for dtype in dtypes), default=(0.0, torch.float64))
     for name, own in largest.items():

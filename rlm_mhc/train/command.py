@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlm_mhc.train.device import MEMORY_ADVICE
-from rlm_mhc.train.outlets import install_outlets
+from rlm_mhc.train.outlets import install_outlets, visible
 from rlm_mhc.train.signals import ignore_saving
-from rlm_mhc.validation import build, nearest
+from rlm_mhc.validation import build, nearest, text_fields
 
 T = TypeVar("T")
+# Values of text fields that Hydra reads, and those that it reads in a sweep.
+MEANT = re.compile(r"""^null$|\$\{|^(['"]).*\1$""", re.DOTALL)
+SWEPT = re.compile(MEANT.pattern + r"|,|^(choice|range|interval|glob)\(", re.DOTALL)
 
 
 def command(
@@ -47,7 +50,8 @@ def command(
     folder, name = Path(script).resolve().parent / "configs", Path(script).stem
     debug = "debug=true" in map(str.lower, sys.argv)
     composed: list[Any] = []
-    given, sys.argv[1:] = split_texts(sys.argv[1:], texts)
+    given, rest = split_texts(sys.argv[1:], texts)
+    sys.argv[1:] = quote_texts(rest, text_fields(config_type))
 
     @hydra.main(version_base="1.3", config_path=str(folder), config_name=name)
     def compose(config: DictConfig) -> None:
@@ -83,12 +87,32 @@ def split_texts(arguments: Sequence[str], texts: Collection[str]) -> tuple[dict[
     return given, ["".join(pair) for pair in pairs if not (pair[1] and pair[0] in texts)]
 
 
+def quote_texts(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
+    """Put the values of text fields in quotes, where Hydra would read a number, a list or a function.
+
+    What is meant for Hydra stays: `null`, a value in quotes, an interpolation, and the choices of a sweep.
+
+    >>> quote_texts(["output_dir=2026_11_25", "+name=a,b", "seed=1"], ["output_dir", "name"])
+    ["output_dir='2026_11_25'", "+name='a,b'", 'seed=1']
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    hydra_reads = SWEPT if {"-m", "--multirun"} & set(arguments) else MEANT
+    quoted = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name.lstrip("+") in keys and not hydra_reads.search(value):
+            argument = f"{name}={QuotedString(value, Quote.single).with_quotes()}"
+        quoted.append(argument)
+    return quoted
+
+
 def fail(message: str, code: int, debug: bool = False) -> None:
     """Say what went wrong in the last line of stderr, and exit."""
     if debug:
         traceback.print_exc()
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {visible(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -27,14 +27,16 @@ from rlm_mhc.program.parametrization import Parametrization
 from rlm_mhc.program.step import TrainStep
 from rlm_mhc.train.device import check_compiler, pick_device
 from rlm_mhc.train.kernels import pick_kernels
-from rlm_mhc.train.log import MetricsLog, report_to, require_wandb, start_wandb
+from rlm_mhc.train.log import MetricsLog
 from rlm_mhc.train.loop import train
+from rlm_mhc.train.outlets import visible
 from rlm_mhc.train.output import CHECKPOINTS, METRICS_FILE, begin_output
 from rlm_mhc.train.plan import Plan, epoch_lines, make_plan
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.train.signals import watch_signals
 from rlm_mhc.train.start import Start
 from rlm_mhc.train.text import sample_text
+from rlm_mhc.train.wandb_run import report_to, require_wandb, start_wandb
 
 
 @contextlib.contextmanager
@@ -55,7 +57,8 @@ def announce(run: RunConfig, device: torch.device, ranks: Ranks) -> Plan:
         ValueError: when a library, a compiler or memory is missing.
     """
     check_compiler(device, run.training.compile)
-    require_wandb(run.training.wandb)
+    if ranks.is_first:
+        require_wandb(run.training.wandb)
     kernels = pick_kernels(run.model, run.training, device)
     plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world, run.adapters, kernels)
     print(*plan.lines, sep="\n", flush=True)
@@ -94,7 +97,7 @@ def conduct(
             train(run, start, step, data, plan, ranks=ranks, signals=signals)
         return
     folder = begin_output(run, checkpoint)
-    wandb_run = start_wandb(run.training.wandb, folder, dataclasses.asdict(run))
+    wandb_run = start_wandb(run.training.wandb, folder, dataclasses.asdict(run), resume=run.resume == "auto")
     log = MetricsLog(folder / METRICS_FILE, int(start.state.step))
     if start.state.step >= run.training.max_steps:
         print(f"nothing left: training.max_steps={run.training.max_steps} are done", flush=True)
@@ -114,7 +117,7 @@ def conduct(
         print(f"eval loss    {losses[0]:.3f} at the start, {losses[-1]:.3f} now")
     params = start.method.model_of(state.params)
     text = sample_text(params, run.model, data.tokenizer, "The", seed=run.seed, turn_ends=data.turn_ends)
-    print("sample text:\n" + textwrap.indent(text, "    "))
+    print("sample text:\n" + textwrap.indent(visible(text), "    "))
     print(f"written to   {folder} (curves.png, metrics.jsonl); newest checkpoint: {newest}")
 
 

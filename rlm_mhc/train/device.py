@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from rlm_mhc.parallel.launch import read_launch
+
 MEMORY_ADVICE = "use training.remat=full, a smaller model or training.batch_size, or a shorter data.max_length"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 # Dense bf16 rates that the makers name; the first pattern that fits the device's name counts.
@@ -25,7 +27,7 @@ DENSE_BF16_FLOPS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or for `auto` the CUDA device where there is one; under torchrun this process's own.
+    """`cpu`, `cuda`, or for `auto` the CUDA device where there is one; among several ranks this one's own.
 
     Raises:
         ValueError: when a CUDA device is asked for and there is none, or fewer than processes on this machine.
@@ -36,11 +38,13 @@ def pick_device(name: str) -> torch.device:
         raise ValueError("device=cuda: this machine has no CUDA device that PyTorch can use; use device=cpu or auto")
     if name == "cpu":
         return torch.device(name)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    launch = read_launch()
+    # srun --gpus-per-task shows each task its own device alone.
+    local = 0 if launch.starter == "srun" and torch.cuda.device_count() == 1 else launch.local
     if local >= torch.cuda.device_count():
         raise ValueError(
             f"device=cuda: this machine has {torch.cuda.device_count()} CUDA devices, too few for a process each; "
-            "start torchrun with a smaller --nproc-per-node"
+            "start torchrun with a smaller --nproc-per-node, or srun with a smaller --ntasks-per-node"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
@@ -96,7 +100,7 @@ def available_bytes(device: torch.device) -> int | None:
         return None
     limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
     total = min(total, int(limit)) if limit.isdigit() else total
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // read_launch().local_world
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

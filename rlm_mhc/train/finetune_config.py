@@ -22,7 +22,7 @@ from rlm_mhc.data.instructions import FORMATS
 from rlm_mhc.data.sources import find_files
 from rlm_mhc.data.tokenizer import has_tokenizer
 from rlm_mhc.train.run_config import DataConfig, Reader, RunConfig
-from rlm_mhc.validation import one_of, section
+from rlm_mhc.validation import location, one_of, section
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class FinetuneData(DataConfig):
     """
 
     format: str = one_of(*FORMATS)
-    chat_template: str | None = None
+    chat_template: str | None = location(None)
 
     def kind(self) -> str:
         """The format, found out where it is `auto`.
@@ -85,13 +85,11 @@ class FinetuneConfig(RunConfig):
         ValueError: naming the key, its value and what is allowed.
     """
 
-    checkpoint: str = ""
+    checkpoint: str = location("")
     lora: LoraConfig = section(LoraConfig)
     data: FinetuneData = section(FinetuneData)
 
     def __post_init__(self) -> None:
-        if isinstance(self.checkpoint, int):  # the command line reads 2024 as a number
-            object.__setattr__(self, "checkpoint", str(self.checkpoint))
         super().__post_init__()
         if not self.checkpoint:
             raise ValueError(NO_CHECKPOINT)
@@ -146,7 +144,7 @@ def with_model(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("model: what is fine-tuned has the shape of its checkpoint; leave the key out")
     if values.get("checkpoint") in (None, ""):
         raise ValueError(NO_CHECKPOINT)
-    folder = Path(str(values["checkpoint"]))
+    folder = Path(str(values["checkpoint"])).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"checkpoint={folder}: no such folder")
     return {**values, "model": dataclasses.asdict(load_config(folder))}

@@ -1,19 +1,13 @@
-"""Where metrics go: `metrics.jsonl`, and wandb where a project is named."""
+"""The metrics of a run: one JSON object per line of `metrics.jsonl`."""
 
-import importlib.util
 import json
-import netrc
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlm_mhc.checkpoint.weights import few
-from rlm_mhc.config import WandbConfig
 from rlm_mhc.disk import replace_file
-
-WANDB_HOST = "api.wandb.ai"
 
 
 class MetricsLog:
@@ -84,53 +78,6 @@ def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-def require_wandb(config: WandbConfig) -> None:
-    """Refuse a project without the library to log there, before anything is spent.
-
-    Raises:
-        ValueError: when a project is named and wandb is not installed.
-    """
-    if config.project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"training.wandb.project={config.project}: wandb is not installed; pip install wandb, or leave it out"
-        )
-
-
-def start_wandb(config: WandbConfig, folder: Path, run: dict[str, Any]) -> Any:
-    """A wandb run, or None where no project is named.
-
-    Never prompts: the mode is `WANDB_MODE` where set, else online with a login and offline without one. A login
-    that does not answer within 20 seconds falls back to offline.
-    """
-    if config.project is None:
-        return None
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode == "online" and not _logged_in():
-        mode = "offline"  # online without a login would ask for one, and wait
-    for attempt in (mode, "offline"):
-        try:
-            return wandb.init(
-                project=config.project,
-                entity=config.entity,
-                dir=folder,
-                config=run,
-                mode=attempt,  # type: ignore[arg-type]
-                settings=wandb.Settings(console="off", init_timeout=20, silent=True),
-            )
-        except wandb.errors.Error as error:
-            print(f"wandb        {str(error).splitlines()[0]}; logging offline", flush=True)
-    return None
-
-
-def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
-    """A function that logs a record under its own step to a wandb run, or nowhere for None."""
-    if wandb_run is None:
-        return lambda record: None
-    return lambda record: wandb_run.log(record, step=record["step"])
-
-
 def _read(file: Path, say: Callable[[str], object]) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
@@ -150,12 +97,3 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(WANDB_HOST) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -1,34 +1,74 @@
-"""Standard output and standard error that end nothing: not by a full disk, nor by a pipe whose reader is gone."""
+"""stdout and stderr that no write ends the program: not on a full disk, a closed pipe, or in a narrow encoding."""
 
+import os
+import re
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 class Outlet:
-    """A text stream that drops what it cannot write; in all else the stream that it is made from."""
+    """A text stream that escapes what its encoding lacks, and drops what it cannot write; otherwise that stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         """Write, if that is possible."""
-        with suppress(OSError):
-            self.stream.write(text)
+        # ValueError: the file is closed.
+        with suppress(OSError, ValueError):
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                self.stream.write(_encodable(text, self.stream.encoding))
         return len(text)
 
     def flush(self) -> None:
         """Flush, if that is possible."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             self.stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal; a closed file is none."""
+        with suppress(OSError, ValueError):
+            return self.stream.isatty()
+        return False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 def install_outlets() -> None:
-    """Let `print`, bars and tracebacks of this process go through an `Outlet`, to its end."""
+    """Let `print`, bars, warnings and tracebacks of this process go through an `Outlet`, to its end.
+
+    A stream that the process was started without (`2>&-`) becomes the null device.
+    """
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)  # None where the process was started without
-        if stream is not None and not isinstance(stream, Outlet):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if not isinstance(stream, Outlet):
             setattr(sys, name, Outlet(stream))
+            _escape(stream)
+
+
+def visible(text: str) -> str:
+    r"""Escape control characters other than newline and tab: a terminal would act on them.
+
+    >>> visible("a\x1b[2Jb\x9b\tc")
+    'a\\x1b[2Jb\\x9b\tc'
+    """
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def _escape(stream: TextIO) -> None:
+    """For those who hold the stream itself, as handlers of logging do."""
+    if getattr(stream, "errors", None) == "strict":
+        with suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)

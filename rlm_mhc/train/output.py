@@ -16,6 +16,7 @@ from rlm_mhc.parallel import ALONE, Ranks, from_first
 from rlm_mhc.train.finetune_config import FinetuneConfig
 from rlm_mhc.train.lock import locked
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.train.wandb_run import ID_FILE
 from rlm_mhc.validation import build
 
 METRICS_FILE = "metrics.jsonl"
@@ -94,7 +95,7 @@ def _start_over(folder: Path) -> None:
     with suppress(FileNotFoundError):
         os.replace(folder / CHECKPOINTS, folder / GONE)
     sync(folder)
-    for name in (METRICS_FILE, CURVES_FILE):
+    for name in (METRICS_FILE, CURVES_FILE, ID_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in (GONE, BAD_STEPS):
         discard(folder / name)

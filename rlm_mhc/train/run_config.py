@@ -7,7 +7,7 @@ from typing import Any
 
 from rlm_mhc.config import LoraConfig, ModelConfig, TrainConfig
 from rlm_mhc.data import Prepared, Source, builtin_source, jsonl_source, prepare
-from rlm_mhc.validation import at_least, between, check, one_of, positive, section
+from rlm_mhc.validation import at_least, between, check, location, one_of, positive, section
 
 # `read(folder for the token files, tokenizer, vocab_size)`.
 Reader = Callable[[Path, str, int], Prepared]
@@ -21,15 +21,15 @@ class DataConfig:
     `max_bad_fraction` of them are bad; `cache_dir` keeps tokenizer and token files (None: beside the run).
     """
 
-    train_path: str | None = None
-    eval_path: str | None = None
+    train_path: str | None = location(None)
+    eval_path: str | None = location(None)
     max_length: int = at_least(1, 2048)
-    tokenizer: str = "auto"
+    tokenizer: str = location("auto")
     text_field: str = "text"
     shuffle: bool = True
     strict: bool = False
     max_bad_fraction: float = between(0, 1, 0.01)
-    cache_dir: str | None = None
+    cache_dir: str | None = location(None)
 
     def __post_init__(self) -> None:
         check(self)
@@ -106,16 +106,14 @@ class RunConfig:
     mhc: MHCConfig = section(MHCConfig)
     device: str = one_of("auto", "cpu", "cuda")
     seed: int = at_least(0, 42)
-    output_dir: str = "outputs/pretrain_1b"
+    output_dir: str = location("outputs/pretrain_1b")
     resume: str = one_of("never", "auto")
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: str | None = location(None)
     resume_optimizer: bool | None = None
     overwrite: bool = False
     debug: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.output_dir, int):  # the command line reads 2024 as a number
-            object.__setattr__(self, "output_dir", str(self.output_dir))
         check(self)
         if self.data.max_length > self.model.max_seq_len:
             raise ValueError(

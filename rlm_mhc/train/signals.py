@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -13,8 +14,10 @@ import torch
 
 from rlm_mhc.parallel import Ranks, Vote
 
-STOPPING = ("SIGTERM", "SIGINT")
+STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
 SAVING = ("SIGUSR1",)
+# A batch system signals torchrun and its workers, and torchrun passes its own signal on: both are one request.
+REPEAT_SECONDS = 5.0
 
 
 class Request(NamedTuple):
@@ -25,11 +28,13 @@ class Request(NamedTuple):
 
 
 class Signals:
-    """Notes the signals that come in; the first that stops asks for the end of the step, a second one exits at once."""
+    """Notes the signals that come in. The first one of `STOPPING` asks for the end after this step. Those within
+    `REPEAT_SECONDS` of it are the same request; a later one ends the process at once."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.vote = Vote(ranks)
         self.stop, self.save, self.is_first = "", False, ranks.is_first
+        self.stopped = 0.0
 
     def agreed(self) -> Request:
         """What any rank was asked for, known to all of them in the same step: to be called once per step by each."""
@@ -44,26 +49,28 @@ class Signals:
         name = signal.Signals(number).name
         if name in SAVING:
             self.save = True
-        elif self.stop:
-            os._exit(128 + number)
-        else:
-            self.stop = name
+        elif not self.stop:
+            self.stop, self.stopped = name, time.monotonic()
             if self.is_first:
-                said = f"\n{name}: finishing the step, then saving; once more ends it now\n"
-                # Not print: the signal may have come in the middle of one.
-                with suppress(OSError):
-                    os.write(sys.stderr.fileno(), said.encode())
+                _say(f"\n{name}: finishing the step, then saving; once more after {REPEAT_SECONDS:.0f} s ends it now\n")
+        elif time.monotonic() - self.stopped > REPEAT_SECONDS:
+            os._exit(128 + number)
 
 
 @contextmanager
 def watch_signals(ranks: Ranks) -> Iterator[Signals]:
-    """Receive SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 where the system has them, until the context is left; outside of
-    the main thread, which alone gets signals, none."""
+    """Receive the signals of `STOPPING` and `SAVING` that the system has until the context is left; outside of the main
+    thread, which alone gets signals, none.
+
+    A process that was asked to stop receives them to its end, so that a repeat does not cut off what follows the
+    training. SIGHUP stays ignored where it is, as under `nohup`.
+    """
     signals = Signals(ranks)
     former = {number: signal.signal(number, signals.receive) for number in _receivable(STOPPING + SAVING)}
     try:
         yield signals
         signals.vote.close()
+        former = {} if signals.stop else former
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -76,5 +83,13 @@ def ignore_saving() -> None:
 
 
 def _receivable(names: tuple[str, ...]) -> list[signal.Signals]:
-    here = threading.current_thread() is threading.main_thread()
-    return [getattr(signal, name) for name in names if here and hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in known if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+
+
+def _say(text: str) -> None:
+    """Write to stderr. Not by print: the signal may have come in the middle of one."""
+    with suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), text.encode())

@@ -6,7 +6,7 @@ from torch.utils import _pytree
 
 from rlm_mhc import fn
 from rlm_mhc.program import make_decoder
-from rlm_mhc.testing import TOLERANCE, assert_as_accurate, largest_difference, small_config
+from rlm_mhc.testing import assert_as_accurate, largest_difference, small_config
 from rlm_mhc.testing.models import disturbed, double, with_wide_vectors
 from rlm_mhc.tree import tree_leaves, tree_map
 from rlm_mhc.variants import PRESETS

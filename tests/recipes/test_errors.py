@@ -42,7 +42,6 @@ MISTAKES = {
     f"model.vocab_size={10**400}": ["model.vocab_size=1000", "too large"],
     f"training.optimizer.lr={10**400}": ["training.optimizer.lr=1000", "too large"],
     "seed=9999999999999999999999": ["seed=9999999999", "too large"],
-    "training.wandb.project=7": ["training.wandb.project=7", "a string"],
     "resume=always": ["resume='always'", "never, auto"],
 }
 

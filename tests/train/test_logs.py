@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rlm_mhc.config import WandbConfig
 from rlm_mhc.train import draw_curves
-from rlm_mhc.train.log import MetricsLog, report_to, require_wandb, start_wandb
+from rlm_mhc.train.log import MetricsLog
 
 RECORDS = [
     {"step": 0, "eval/loss": 8.0},
@@ -81,26 +80,3 @@ def test_curves_are_a_picture_at_any_time(tmp_path, records):
     draw_curves(records, tmp_path / "curves.png", "a title")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
-
-
-def test_wandb_is_not_touched_without_a_project(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    assert start_wandb(WandbConfig(), tmp_path, {}) is None
-    require_wandb(WandbConfig())
-    with pytest.raises(ValueError, match="pip install wandb"):
-        require_wandb(WandbConfig(project="p"))
-
-
-@pytest.mark.slow
-def test_wandb_without_a_login_logs_offline_and_asks_nothing(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
-    run = start_wandb(WandbConfig(project="p"), tmp_path, {"a": 1})
-    report_to(run)(RECORDS[1])
-    report_to(None)(RECORDS[1])
-    run.finish()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
