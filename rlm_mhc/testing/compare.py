@@ -52,7 +52,7 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, floor: floa
         assert error <= tolerance, f"{name}: differs by {error:.2e} of {scale:.2e}, allowed {tolerance:.0e}"
 
 
-def assert_as_accurate(actual: Any, plain: Any, exact: Any, factor: float = FACTOR) -> None:
+def assert_as_accurate(actual: Any, plain: Any, exact: Any, factor: float = FACTOR, floor: float = 0.0) -> None:
     """Check that the rounding error of `actual` is at most `factor` times that of `plain`, leaf by leaf.
 
         max|actual - exact| <= factor * max(max|plain - exact|, ROUNDINGS[dtype] * eps * scale)
@@ -61,7 +61,8 @@ def assert_as_accurate(actual: Any, plain: Any, exact: Any, factor: float = FACT
     a straightforward computation (plain autograd, say) in the same dtype on the same machine, and `exact` is the same
     in float64. `dtype` is the coarsest of `plain`, `eps` its machine epsilon. `scale` is the largest entry of the leaf
     in `exact`, at least SHARE times the largest of the tree: gradients that are zero by symmetry hold the rounding of
-    larger ones. `plain` itself must be within `eps ** (1 / 3)` of `scale`, or an error that both make would pass.
+    larger ones; and at least `floor`, for numbers that are differences of known larger ones. `plain` itself must be
+    within `eps ** (1 / 3)` of `scale`, or an error that both make would pass.
 
     Raises:
         AssertionError: naming the first leaf that differs, and by how much.
@@ -82,7 +83,7 @@ def assert_as_accurate(actual: Any, plain: Any, exact: Any, factor: float = FACT
     dtypes = {simple[name].dtype for name in largest}
     eps, dtype = max(((torch.finfo(dtype).eps, dtype) for dtype in dtypes), default=(0.0, torch.float64))
     for name, own in largest.items():
-        scale = max(own, SHARE * max(largest.values()))
+        scale = max(own, SHARE * max(largest.values()), floor)
         error, usual = (largest_difference(x[name], theirs[name], 1.0) for x in (ours, simple))
         assert usual <= eps ** (1 / 3) * scale, f"{name}: plain itself differs by {usual:.2e} of {scale:.2e}"
         # The rounding of `exact`, which is all that a plain computation in float64 differs from it by, is not measured.

@@ -9,27 +9,35 @@ from rlm_mhc.kernels import selftest
 from rlm_mhc.kernels.mix_post import mix_post
 from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre, mix_pre_backward, tiling
 from rlm_mhc.kernels.mix_pre.op import mix_pre as raw_mix_pre
-from rlm_mhc.kernels.selftest import ARGUMENTS, OUTPUTS, draw_inputs, errors, fused, reference
-from rlm_mhc.testing import small_config
+from rlm_mhc.kernels.selftest import ARGUMENTS, OUTPUTS, draw_inputs, fused, reference
+from rlm_mhc.testing import assert_as_accurate, small_config
+from rlm_mhc.testing.models import double
 from rlm_mhc.variants import PRESETS
 
 PLAIN, SHIFTED = Settings(3, 1e-6, 0.0), Settings(3, 1e-6, 1e-6)
 ALL = pytest.mark.parametrize("name", ARGUMENTS)
-FLOAT32 = 1e-5
-# Rounded to the dtype of the streams: outputs of that dtype, and what is computed from rounded streams. Triton's
-# interpreter cuts bf16 off where a GPU rounds it: twice the error.
-ROUNDED = {torch.float32: FLOAT32, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+# Of ops that round no streams before they compute them.
+WIDE = {"pre", "post", "res"} | {f"gradient of {key}" for key in ("post", "res", "given", "phi", "alpha", "bias")}
+
+
+def results(name, run, inputs, cotangents):
+    """Outputs of an op and the gradient of each argument, by name."""
+    outputs, pull = torch.func.vjp(run, *inputs.values())
+    gradients = pull(tuple(g.to(y) for g, y in zip(cotangents, outputs, strict=True)))
+    keys = (*OUTPUTS[name], *(f"gradient of {key}" for key in inputs))
+    return dict(zip(keys, (*outputs, *gradients), strict=True))
 
 
 def check(name, inputs, settings=PLAIN):
-    dtype = inputs["streams"].dtype
-    found = errors(name, inputs, settings)
-    assert found.keys() == {*OUTPUTS[name], *(f"gradient of {key}" for key in ARGUMENTS[name])}
-    exact = {"pre", "post", "res"} | {f"gradient of {key}" for key in ("post", "res", "given", "phi", "alpha", "bias")}
-    for key, error in found.items():
-        from_exact_streams = name in ("mix_post", "mix_pre", "single_pass_pre") and key in exact
-        allowed = FLOAT32 if from_exact_streams else ROUNDED[dtype]
-        assert error <= allowed, f"{name}, {key}: {error:.1e} of its largest entry, allowed {allowed:.0e}"
+    """Check that outputs and gradients are as accurate as those of the reference; those in fp32, as fp32 is."""
+    plain = reference(name, settings, inputs["streams"].dtype)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=generator).to(y) for y in plain(*inputs.values())]
+    ways = ((fused(name, settings), inputs), (plain, inputs), (plain, double(inputs)))
+    found = [results(name, run, given, cotangents) for run, given in ways]
+    wide = WIDE if name in ("mix_post", "mix_pre", "single_pass_pre") else set()
+    for keys in (found[0].keys() & wide, found[0].keys() - wide):
+        assert_as_accurate(*({key: tree[key] for key in sorted(keys)} for tree in found))
 
 
 @ALL
@@ -142,8 +150,7 @@ def test_extreme_logits_are_finite_and_right(size, settings, device):
     # Few bits each, so that the logits are the same numbers in fp32 and in float64.
     inputs["bias"][2 * n :] = (inputs["bias"][2 * n :] * 8).round() / 16 * size
     inputs["phi"][:, 2 * n :] = 0
-    found = errors("mix_pre", inputs, settings)
-    assert max(found.values()) < 1e-4, found
+    check("mix_pre", inputs, settings)
 
 
 @pytest.mark.usefixtures("no_shape_checks")
