@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rlm_mhc import fn
-from rlm_mhc.kernels import selftest
 from rlm_mhc.fn.layout import aligned
+from rlm_mhc.kernels import selftest
 from rlm_mhc.kernels.mix_post import mix_post
 from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre, mix_pre_backward, tiling
 from rlm_mhc.kernels.mix_pre.op import mix_pre as raw_mix_pre
