@@ -6,6 +6,7 @@ Differentiate, batch and compile them as you like: `torch.func.grad_and_value(fn
 from rlm_mhc.fn.attention import causal_attention, self_attention
 from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
 from rlm_mhc.fn.cache import Cache, init_cache
+from rlm_mhc.fn.clip import clip_by_global_norm, global_norm
 from rlm_mhc.fn.decode import cached_attention, decode_step, prefill
 from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error, stream_dominance
 from rlm_mhc.fn.generate import Decoder, Drawn, Generated, generate, generate_steps
@@ -26,7 +27,7 @@ from rlm_mhc.fn.mhc import (
 )
 from rlm_mhc.fn.mlp import swiglu
 from rlm_mhc.fn.norm import rms_norm, widen
-from rlm_mhc.fn.optim import AdamWState, adamw, adamw_init, clip_by_global_norm, global_norm
+from rlm_mhc.fn.optim import AdamWState, adamw, adamw_init
 from rlm_mhc.fn.projections import project
 from rlm_mhc.fn.rope import rotary_embedding, rotary_table
 from rlm_mhc.fn.sample import Sampling, filter_logits, sample_token

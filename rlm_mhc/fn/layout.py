@@ -13,6 +13,7 @@ so that another layout gives other numbers, and another size memory beyond the t
 | `foreach` in place | of one list, made by one function | not shared: `unshared` |
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 ALIGNMENT = 16
+PLAIN = (Tensor, torch.nn.Parameter)  # others, of transforms or fake ones, show no memory
 AnyTensor = Shaped[Tensor, "..."]
 
 
@@ -101,30 +103,32 @@ def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int
     (None, (0, 2), (0, 0))
     """
     tensors = [*written, *read]
-    spans = sorted(_span(x, place) for place, x in enumerate(tensors) if _has_memory(x))
-    reached: list[tuple[int, int, int]] = []
-    for span in spans:
-        start, _, place = span
+    places = [place for place, x in enumerate(tensors) if type(x) in PLAIN and not x.is_meta and x.numel()]
+    spans = sorted(_span(tensors[place], place) for place in places)
+    for place in places:
         if place < len(written) and not tensors[place].is_contiguous() and _overlaps_itself(tensors[place]):
             return place, place
-        reached = [other for other in reached if other[1] > start]
+    if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
+        return None
+    reached: list[tuple[int, int, int]] = []
+    for span in spans:
+        reached = [other for other in reached if other[1] > span[0]]
         for other in reached:
-            pair = min(other[2], place), max(other[2], place)
-            if pair[0] < len(written) and _shares(tensors[other[2]], tensors[place], other, span):
-                return pair
+            one, two = sorted((other, span), key=lambda it: it[2])
+            if one[2] < len(written) and _shares(tensors[one[2]], tensors[two[2]], one, two):
+                return one[2], two[2]
         reached.append(span)
     return None
 
 
-def _has_memory(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and x.numel() > 0
-
-
 def _span(x: Tensor, place: int) -> tuple[int, int, int]:
     """The addresses from the first to after the last entry, and the place."""
-    last = x.numel() - 1 if x.is_contiguous() else sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    if x.is_contiguous():
+        size = x.numel()
+    else:
+        size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     start = x.data_ptr()
-    return start, start + (last + 1) * x.element_size(), place
+    return start, start + size * x.element_size(), place
 
 
 def _overlaps_itself(x: Tensor) -> bool:

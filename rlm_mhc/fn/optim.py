@@ -1,4 +1,4 @@
-"""AdamW and gradient clipping as functions of trees."""
+"""AdamW as a function of trees."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.optim.adamw import adamw as torch_adamw
 
 from rlm_mhc.fn.layout import overlap, packed, require_shape, unshared
 from rlm_mhc.fn.norm import widen
@@ -16,10 +15,6 @@ from rlm_mhc.types import Scalar
 
 Tree = TypeVar("Tree")
 Array = Float[Tensor, "*shape"]
-# Squares are summed in the leaf's own precision over this many entries, and the sums of them in fp64.
-PIECE = 1 << 14
-# A copy of so many entries in a wider dtype stays in the cache.
-WIDENED_AT_ONCE = 64 * PIECE
 
 
 class AdamWState(NamedTuple):
@@ -157,29 +152,34 @@ def adamw_leaf(
 
 @torch.no_grad()
 def _fused(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperparameters) -> None:
-    """Update packed leaves in place by torch's own functional AdamW."""
-    for rate in sorted(set(rates)):
-        chosen = [number for number, its in enumerate(rates) if its == rate]
-        values, grads, exp_avgs, exp_avg_sqs = ([column[number] for number in chosen] for column in leaves)
-        torch_adamw(
-            values,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
+    """Update packed leaves in place by the operation under torch's own functional AdamW, a call for each kind of them.
+
+    That function adds 1 to a counter of each leaf, which takes as long as the update of a small one.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for number, (p, rate) in enumerate(zip(leaves.params, rates, strict=True)):
+        kinds.setdefault((p.device, p.dtype, rate), []).append(number)
+    for (device, _, rate), chosen in kinds.items():
+        # A rate on the CPU is passed on as a number.
+        lr = _moved(hyper.lr, device) if isinstance(hyper.lr, Tensor) and not hyper.lr.is_cpu else hyper.lr
+        torch._fused_adamw_(
+            *([column[number] for number in chosen] for column in leaves),
             max_exp_avg_sqs=[],
-            # torch counts updates once per leaf, in place: each gets its own counter.
-            state_steps=[step.clone() for _ in values],
-            fused=True,
-            grad_scale=hyper.grad_scale,
-            found_inf=hyper.found_inf,
-            amsgrad=False,
+            state_steps=[_moved(step + 1, device)] * len(chosen),
+            lr=lr,  # type: ignore[arg-type]
             beta1=hyper.betas[0],
             beta2=hyper.betas[1],
-            lr=hyper.lr,
             weight_decay=rate,
             eps=hyper.eps,
+            amsgrad=False,
             maximize=False,
+            grad_scale=_moved(hyper.grad_scale, device),
+            found_inf=_moved(hyper.found_inf, device),
         )
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    return None if x is None else x.to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -216,22 +216,23 @@ def _is_differentiated(inputs: Sequence[Any], donate: bool) -> bool:
 
     `torch.compile` does not say, and takes the formula alone.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # which PyTorch shows under no public name
         return True
     recorded = torch.is_grad_enabled() and not donate
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    # PyTorch shows the level of forward mode under no public name.
-    return forward_ad._current_level >= 0 or any(
-        wrapped(x) or (recorded and x.requires_grad) for x in inputs if isinstance(x, Tensor)
-    )
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    if not (recorded or transformed):
+        return False
+    return any((recorded and x.requires_grad) or wrapped(x) for x in inputs if isinstance(x, Tensor))
 
 
 def _require_equal(leaves: Leaves, params: Any) -> None:
     """Refuse gradients and moments that differ from their weight in shape, dtype or device."""
-    for part in Leaves._fields[1:]:
-        for number, (p, x) in enumerate(zip(leaves.params, getattr(leaves, part), strict=True)):
-            if x.shape != p.shape or x.dtype != p.dtype or x.device != p.device:
-                require_shape(f"{part} of {_name(params, number)}", x, p.device, tuple(p.shape), p.dtype)
+    for number, (p, *rest) in enumerate(zip(*leaves, strict=True)):
+        shape, dtype, device = p.shape, p.dtype, p.device
+        for part, x in zip(Leaves._fields[1:], rest, strict=True):
+            if x.shape != shape or x.dtype != dtype or x.device != device:
+                require_shape(f"{part} of {_name(params, number)}", x, device, tuple(shape), dtype)
 
 
 def _require_apart(leaves: Leaves, params: Any) -> None:
@@ -248,54 +249,3 @@ def _require_apart(leaves: Leaves, params: Any) -> None:
 
 def _name(params: Any, number: int) -> str:
     return repr(list(named_leaves(params))[number])
-
-
-def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
-    """`sqrt(Σ x²)` of each leaf, in tree order, in fp32 or wider, to a relative error of about 1e-7.
-
-    >>> leaf_norms((torch.tensor([3.0, 4.0]), torch.tensor([2.0])))
-    tensor([5., 2.])
-    """
-    leaves = tree_leaves(tree)
-    if not leaves:
-        return torch.zeros(0)
-    if {(leaf.is_cuda, leaf.dtype) for leaf in leaves} == {(True, leaves[0].dtype)}:
-        # One launch for all; blocks of threads sum pieces of about this size there.
-        return torch.stack(torch._foreach_norm(leaves, 2, torch.promote_types(leaves[0].dtype, torch.float32)))
-    return torch.stack([_norm(leaf) for leaf in leaves])
-
-
-def _norm(x: Array) -> Scalar:
-    flat = x.reshape(-1)
-    if len(flat) <= PIECE:
-        return torch.linalg.vector_norm(widen(flat))
-    whole = len(flat) // PIECE * PIECE
-    chunks = (widen(chunk).view(-1, PIECE) for chunk in flat[:whole].split(WIDENED_AT_ONCE))
-    pieces = [torch.linalg.vector_norm(chunk, dim=-1) for chunk in chunks]
-    pieces.append(torch.linalg.vector_norm(widen(flat[whole:]), keepdim=True))
-    return torch.linalg.vector_norm(torch.cat(pieces).double()).to(pieces[0].dtype)
-
-
-def global_norm(tree: Any) -> Scalar:
-    """`sqrt(Σ x²)` over all leaves, in fp32 or wider; 0 where there are none.
-
-    >>> global_norm((torch.tensor([3.0]), torch.tensor([4.0])))
-    tensor(5.)
-    """
-    return torch.linalg.vector_norm(leaf_norms(tree))
-
-
-def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, Scalar]:
-    """Scale all gradients by `min(1, max_norm / norm)`, in their dtypes; also returns the norm before clipping.
-
-    Raises:
-        ValueError: unless `max_norm > 0`.
-
-    >>> clip_by_global_norm((torch.tensor([3.0, 4.0]),), 1.0)
-    ((tensor([0.6000, 0.8000]),), tensor(5.))
-    """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm}: expected a number above 0")
-    norm = global_norm(grads)
-    scale = max_norm / norm.clamp(min=max_norm)
-    return tree_map(lambda g: (g * scale).to(g.dtype), grads), norm

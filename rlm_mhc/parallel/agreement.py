@@ -42,6 +42,8 @@ def checksum(tree: Any) -> str:
     for leaf in tree_leaves(tree):
         digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
         bits = leaf.detach().reshape(-1).view(torch.uint8)
+        if bits.storage_offset() % 4:  # a view of 16-bit numbers may begin between two words
+            bits = bits.clone()
         words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
         for part in words.split(WORDS_AT_ONCE):
             position = torch.arange(1, len(part) + 1, dtype=torch.int64, device=part.device)

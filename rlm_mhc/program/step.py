@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig, TrainConfig
+from rlm_mhc.fn.clip import leaf_norms
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.loss import Batch, count_targets, require_pairs
-from rlm_mhc.fn.optim import adamw, leaf_norms
+from rlm_mhc.fn.optim import adamw
 from rlm_mhc.fn.schedule import cosine_schedule
 from rlm_mhc.params import cast, decay_mask
 from rlm_mhc.program.functions import Announce
