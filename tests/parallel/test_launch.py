@@ -72,7 +72,10 @@ def test_what_is_missing_or_malformed_is_named(environ, message):
         ("localhost", ["localhost"]),
         ("node[01-03,7],other-1", ["node01", "node02", "node03", "node7", "other-1"]),
         ("a[098-101]", ["a098", "a099", "a100", "a101"]),
-        ("n[9-11],n[1-2]x[3,5].cluster", "n9 n10 n11 n1x3.cluster n1x5.cluster n2x3.cluster n2x5.cluster".split()),
+        (
+            "n[9-11],n[1-2]x[3,5].cluster",
+            ["n9", "n10", "n11", *(f"n{n}x{x}.cluster" for n in (1, 2) for x in (3, 5))],
+        ),
         ("127.0.0.1,b", ["127.0.0.1", "b"]),
     ],
 )

@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -74,10 +75,14 @@ def test_handlers_are_put_back_unless_a_stop_was_asked_for(handlers):
         signal.raise_signal(signal.SIGHUP)
         assert signals.agreed() == Request(stop=True)
     signal.raise_signal(signal.SIGTERM)  # after the training: torchrun passes on what the worker had already
-    with pytest.raises(RuntimeError), watch_signals(ALONE) as signals:
+
+
+def test_handlers_are_put_back_when_a_run_fails_that_was_asked_to_stop(handlers):
+    """As by a peer that died: torchrun's second signal ends this process, which has nothing to save any more."""
+    with suppress(RuntimeError), watch_signals(ALONE):
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError
-    assert signal.getsignal(signal.SIGTERM) != signals.receive
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 def test_under_nohup_sighup_stays_ignored(handlers):

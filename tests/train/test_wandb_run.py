@@ -47,14 +47,14 @@ def wandb(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["my/proj", "a#b", "a?b", "50%", "a:b", "a\\b", "a" * 129])
 def test_a_project_that_wandb_refuses_is_refused_before_anything_is_spent(wandb, name):
-    with pytest.raises(ValueError, match="wandb refuses it: .*Invalid project name"):
+    with pytest.raises(ValueError, match=r"wandb refuses it: .*Invalid project name"):
         require_wandb(WandbConfig(project=name))
 
 
 def test_so_are_an_unknown_mode_and_a_key_that_is_none(wandb, monkeypatch):
     require_wandb(WandbConfig(project="p"))
     monkeypatch.setenv("WANDB_MODE", "onlin")
-    with pytest.raises(ValueError, match="wandb refuses it: .*mode"):
+    with pytest.raises(ValueError, match=r"wandb refuses it: .*mode"):
         require_wandb(WandbConfig(project="p"))
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "short")
