@@ -54,7 +54,7 @@ def label_axes(axes: Any, title: str, label: str) -> None:
 
 def save_figure(figure: Any, file: Path, title: str) -> None:
     """Write a PNG that replaces the former one."""
-    figure.suptitle(title, color=INK, fontsize=12)
+    figure.suptitle(title, color=INK, fontsize=12, parse_math=False)  # a folder may be named $x
     replace_file(file, lambda path: figure.savefig(path, dpi=110, format="png"), durable=False)
 
 

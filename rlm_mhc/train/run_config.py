@@ -115,6 +115,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, folder in (("output_dir", self.output_dir), ("data.cache_dir", self.data.cache_dir)):
+            if not _is_utf8(folder or ""):
+                raise ValueError(
+                    f"{name}={folder}: its name is not UTF-8, and safetensors and tokenizers cannot write there; "
+                    "choose another folder"
+                )
         if self.data.max_length > self.model.max_seq_len:
             raise ValueError(
                 f"data.max_length={self.data.max_length}: longer than the model allows "
@@ -151,3 +157,7 @@ class RunConfig:
     def token_folder(self) -> Path:
         """Where tokenizer and token files lie."""
         return Path(self.data.cache_dir) if self.data.cache_dir else Path(self.output_dir) / "tokens"
+
+
+def _is_utf8(path: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in path)

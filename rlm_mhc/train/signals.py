@@ -42,6 +42,8 @@ class Signals:
         if asked[1]:  # else one that comes now would be lost
             self.save = False
         stop, save = self.vote.exchange(asked).bool().tolist()
+        if stop and not self.stop:
+            self.stop, self.stopped = "another rank", time.monotonic()
         return Request(stop, save)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:

@@ -14,6 +14,7 @@ from rlm_mhc import ModelConfig, fn, load_pretrained, save_pretrained
 from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
 from rlm_mhc.testing.models import disturbed, with_wide_vectors
 from rlm_mhc.testing.tokenizers import tokenizer_with_gaps
+from rlm_mhc.train.outlets import Outlet, visible
 from rlm_mhc.train.text import encode, sample_text, text_pieces
 
 WORDS = "Ünïcödé 数学 🙂🧮 grows; so does the list of words. "
@@ -126,6 +127,15 @@ def test_a_tokenizer_whose_ids_have_gaps_draws_and_ends_at_the_last_of_them(reci
 def test_any_sentence_is_a_prompt_as_it_stands(recipe, checkpoint, prompt):
     result = run(recipe, checkpoint, f"prompt={prompt}", "max_new_tokens=1", "temperature=0")
     assert result.out.startswith(prompt)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_are_escaped_on_a_terminal_and_raw_elsewhere(recipe, checkpoint, monkeypatch, terminal):
+    monkeypatch.setattr(Outlet, "isatty", lambda outlet: terminal)
+    prompt = "the\tlist\x1b]0;title\x07\x9b2J"
+    result = run(recipe, checkpoint, f"prompt={prompt}", "max_new_tokens=20", "temperature=2", "seed=3")
+    assert result.out.startswith("the\tlist\\x1b]0;title\\x07\\x9b2J" if terminal else prompt)
+    assert (visible(result.out) == result.out) == terminal
 
 
 def test_speed_of_prompt_and_decoding_is_told_apart_on_stderr(recipe, checkpoint):
