@@ -71,6 +71,8 @@ class RLMModel(RLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -85,6 +87,8 @@ class RLMModel(RLMPreTrainedModel, GenerationMixin):
             inputs_embeds: see there.
             labels: `[b, s]`, the tokens themselves, which are shifted here; -100 is not counted.
             use_cache: see there.
+            output_hidden_states: see there.
+            output_attentions: see there.
             logits_to_keep: so many of the last positions get logits, 0 for all; or their indices.
             **options: for the backbone and the loss.
 
@@ -98,6 +102,8 @@ class RLMModel(RLMPreTrainedModel, GenerationMixin):
             past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
             **options,
         )
