@@ -126,7 +126,7 @@ class RLMModel(RLMPreTrainedModel, GenerationMixin):
 
         Without tokens, of the part that does not depend on the input. Without mHC the residual is the identity: 1, 1.
         """
-        config, layers = self.config.model_config, self.model.layers[: self.config.num_hidden_layers]
+        config, layers = self.config.model_config, self.model.used_layers()
         if not config.mhc_enabled:
             return [(1.0, 1.0)] * len(layers)
         if input_ids is None:
