@@ -19,6 +19,7 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 LARGEST_INDEX_BYTES = 1 << 26
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES_SHOWN = 3
+MODULE_PREFIX = "model."
 
 
 def save_pretrained(path: str | os.PathLike, params: LMParams, config: ModelConfig) -> None:
@@ -85,6 +86,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Return a folder's tensors by name, which are the weights of `config`; `optional` names are not checked.
 
+    The prefix with which transformers writes names under `save_original_format=False` is removed.
+
     Raises:
         FileNotFoundError: when a file is missing.
         ValueError: on a damaged file, or one that does not fit `config`; the message names the first difference.
@@ -107,7 +110,7 @@ def read_files(folder: Path, device: torch.device | str = "cpu", *, verify: bool
         tensors = read_tensors(file, device, verify=verify)
         if expected is not None:
             require_names(tensors, expected, f"{file}: does not fit {INDEX_FILE}")
-        named.update(tensors)
+        named |= {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in tensors.items()}
     return named
 
 

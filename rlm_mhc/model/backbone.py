@@ -52,10 +52,11 @@ class RLMBackbone(RLMPreTrainedModel):
     def tree(self) -> LMParams:
         """Return the weights as `fn.backbone` takes them, the parameters themselves; where an adapter or a quantised
         layer replaces one, that module. `lm_head` is `()`."""
-        return self._outer()._replace(layers=tuple(layer.tree() for layer in self._used_layers()))
+        return self._outer()._replace(layers=tuple(layer.tree() for layer in self.used_layers()))
 
-    def _used_layers(self) -> Any:
-        return self.layers[: self.config.num_hidden_layers]  # fewer with `assistant_early_exit`
+    def used_layers(self) -> list[Block]:
+        """Return the layers of a forward; `assistant_early_exit` lowers their number in the config for a while."""
+        return list(self.layers)[: self.config.num_hidden_layers]
 
     def _outer(self) -> LMParams:
         """Return all weights but those of the layers."""
@@ -113,7 +114,7 @@ class RLMBackbone(RLMPreTrainedModel):
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden, states, attentions = fn.enter(x, self.shape), [x], []
-        for layer in self._used_layers():
+        for layer in self.used_layers():
             streams, pre = hidden if isinstance(hidden, fn.EarlyPre) else (hidden, None)
             streams, pre, weights = layer(streams, pre, cos, sin, mask=mask, cache=cache, **options)
             hidden = streams if pre is None else fn.EarlyPre(streams, pre)

@@ -72,6 +72,8 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
@@ -86,6 +88,8 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
             inputs_embeds: see there.
             labels: `[b, s]`, the tokens themselves, which are shifted here; -100 is not counted.
             use_cache: see there.
+            output_hidden_states: see there.
+            output_attentions: see there.
             logits_to_keep: so many of the last positions get logits, 0 for all; or their indices.
             **options: for the backbone and the loss.
 
@@ -99,6 +103,8 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
             past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
             **options,
         )
@@ -121,7 +127,7 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
 
         Without tokens, of the part that does not depend on the input. Without mHC the residual is the identity: 1, 1.
         """
-        config, layers = self.config.model_config, self.model.layers[: self.config.num_hidden_layers]
+        config, layers = self.config.model_config, self.model.used_layers()
         if not config.mhc_enabled:
             return [(1.0, 1.0)] * len(layers)
         if input_ids is None:

@@ -17,8 +17,8 @@ from rlm_mhc.model.config import RLMConfig, as_rlm_config
 from rlm_mhc.params import INIT_STD, LMParams, weight_table
 from rlm_mhc.tree import named_leaves
 
-# Patterns of names on disk, and the names of the same weights in a model with a head.
-FROM_DISK = {f"^{name}": f"model.{name}" for name in LMParams._fields if name != "lm_head"}
+# Pattern of the backbone's names on disk, and their names in a model with a head.
+FROM_DISK = {f"^({'|'.join(name for name in LMParams._fields if name != 'lm_head')})": r"model.\1"}
 
 
 class RLMPreTrainedModel(PreTrainedModel):

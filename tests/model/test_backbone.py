@@ -1,5 +1,7 @@
 """One folder serves the backbone, the language model and the classifier."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -85,6 +87,30 @@ def test_state_dicts_load_with_the_names_on_disk_and_with_those_of_the_module(ma
     wrapped = torch.nn.ModuleDict({"inner": RLMModel(small_config()).eval()})
     wrapped.load_state_dict({f"inner.{name}": weight for name, weight in on_disk.items()}, strict=False)
     assert torch.equal(wrapped["inner"](tokens).logits, lm(tokens).logits)
+
+
+@pytest.mark.parametrize("shard", ["50GB", "30KB"])
+def test_names_with_the_prefix_of_the_module_are_read_from_disk(make_model, tokens, tmp_path, shard):
+    lm = make_model()
+    lm.save_pretrained(tmp_path, save_original_format=False, max_shard_size=shard)
+    assert "model.norm.weight" in stored_names(tmp_path)
+    for kind in CLASSES.values():
+        state = kind.from_pretrained(tmp_path).base_model(tokens).last_hidden_state
+        assert torch.equal(state, lm.model(tokens).last_hidden_state)
+    params, config = rlm_mhc.load_pretrained(tmp_path)
+    assert torch.equal(fn.forward(params, tokens, config), lm(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", CLASSES.values(), ids=lambda kind: kind.__name__)
+def test_weights_that_are_in_no_file_get_their_initial_values(kind):
+    config = RLMConfig(**dataclasses.asdict(small_config(mhc_preset="deepseek_v4", qkv_bias=True, qk_norm=True)))
+    torch.manual_seed(7)
+    expected = kind(config).state_dict()
+    torch.manual_seed(7)
+    loaded = kind.from_pretrained(None, config=config, state_dict={}, ignore_mismatched_sizes=True).state_dict()
+    assert loaded.keys() == expected.keys()
+    # A score's initial values follow the generator, which layers on the meta device do not advance.
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items() if name != "score.weight")
 
 
 def test_the_classifier_scores_the_last_token_that_is_no_padding(make_model, tokens, tmp_path):

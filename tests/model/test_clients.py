@@ -343,14 +343,17 @@ def test_transformers_serve_answers_as_openai_does(checkpoint, tmp_path):
 
 def test_a_program_that_does_not_import_the_package_is_led_to_it(checkpoint):
     code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer\n"
         f"folder = {str(checkpoint)!r}\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
         "print(type(model).__module__, model(**tokenizer('stream', return_tensors='pt')).logits.shape)\n"
+        "for auto in AutoModel, AutoModelForSequenceClassification:\n"
+        "    print(type(auto.from_pretrained(folder, trust_remote_code=True)).__module__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.stdout.strip() == "rlm_mhc.model.lm torch.Size([1, 1, 300])", done.stderr
+    kinds = ["rlm_mhc.model.lm torch.Size([1, 1, 300])", "rlm_mhc.model.backbone", "rlm_mhc.model.classifier"]
+    assert done.stdout.splitlines() == kinds, done.stderr
 
 
 @pytest.mark.slow
