@@ -236,7 +236,8 @@ def _record(line: bytes | None, where: str, expected: str) -> dict[str, Any]:
     except ValueError as error:
         if b"\0" in line:
             raise ValueError(f"{where}: binary data, not JSON; expected one JSON object per line") from None
-        raise ValueError(f"{where}: not JSON ({error}); expected {expected}") from None
+        cut = "" if line.endswith(b"\n") else "; it ends without a line break: is the file cut short?"
+        raise ValueError(f"{where}: not JSON ({error}); expected {expected}{cut}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected a JSON object {expected}, got {type(record).__name__}")
     return record

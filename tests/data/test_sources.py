@@ -43,6 +43,7 @@ def test_another_field_and_lone_surrogates(tmp_path):
     ("content", "words"),
     [
         (b'{"text": "a"}\n{"text": \n', ["line 2", "not JSON"]),
+        (b'{"text": "a"}\n{"text": "b', ["line 2", "not JSON", "is the file cut short?"]),
         (b'{"text": "a"}\n[1]\n', ["line 2", "JSON object", "list"]),
         (b'{"txt": "a"}\n', ["line 1", "no field 'text'", "'txt'", "data.text_field"]),
         (b'{"text": 3}\n', ["line 1", "not a string but int"]),

@@ -12,6 +12,7 @@ import pytest
 
 from rlm_mhc.checkpoint.run import _state_checksum
 from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.train.output import read_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -220,3 +221,36 @@ def test_a_state_of_another_form_is_refused_by_name_even_where_its_checksum_fits
         result = pretrain(*arguments, "training.max_steps=2", "resume=auto")
         assert result.code == 2
         assert f"{file}: '{name}' is" in result.last_error
+
+
+def test_moved_and_touched_data_are_gone_on_with_also_by_an_old_checkpoint(pretrain, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlm_mhc.train.plan.peak_rate", lambda *_: (1e9, "assumed"))
+    monkeypatch.setattr("rlm_mhc.train.loop.draw_curves", lambda records, file, title: file.touch())
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    held_out = tmp_path / "held_out.jsonl"
+    shutil.copy(corpus, held_out)
+    common = [f"output_dir={out}", "resume=auto"]
+    assert (
+        pretrain(*common, f"data.train_path={corpus}", f"data.eval_path={held_out}", "training.max_steps=1").code == 0
+    )
+    moved.mkdir()
+    for file in (corpus, held_out):
+        shutil.move(file, moved)
+    arguments = [*common, f"data.train_path={moved / 'corpus.jsonl'}", f"data.eval_path={moved / held_out.name}"]
+    result = pretrain(*arguments, "training.max_steps=2")
+    assert result.code == 0, result.err
+    assert "step 1: weights, optimizer, schedule, random generators, place in the data" in result.out
+    assert "reused from" in result.out
+    # As a version before wrote it, which knew data by path, size and time.
+    run = read_config(out / "config.yaml")
+    former = run.data.reader()(run.token_folder, str(out / "checkpoints" / "checkpoint-2"), 300).former
+    file = out / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text()) | {"data": former}
+    del state["xxh3_128"]
+    file.write_text(json.dumps(state | {"xxh3_128": _state_checksum(state)}))
+    result = pretrain(*arguments, "training.max_steps=3")
+    assert "step 2: weights, optimizer, schedule, random generators, place in the data" in result.out
+    assert [r["step"] for r in records(out)] == [1, 2, 3]
+    with (moved / held_out.name).open("a") as more:
+        more.write('{"text": "other"}\n')
+    assert "trained on other data" in pretrain(*arguments, "training.max_steps=4").last_error

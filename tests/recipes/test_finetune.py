@@ -235,6 +235,9 @@ def test_adapters_do_not_go_on_to_other_weights_or_of_another_kind(finetune, bas
     save_pretrained(other, tree_map(lambda leaf: leaf + 1e-3, params), config)
     common = [f"output_dir={out}", data("completion"), f"data.tokenizer={base}", "training.max_steps=3"]
     assert finetune(*common, f"checkpoint={base}", *LORA).code == 0
+    moved = shutil.copytree(base, tmp_path / "moved")
+    same = [f"checkpoint={moved}", f"data.tokenizer={moved}", *LORA, "resume=auto"]
+    assert "nothing left" in finetune(*common, *same).out
     for arguments, said in (
         ([f"checkpoint={other}", *LORA], "its adapters are to other weights"),
         ([f"checkpoint={base}", *LORA, "lora.rank=2"], "trained with lora.rank=4, and this run has 2"),
