@@ -45,6 +45,7 @@ def count_activations(
     kernels: Kernels = REFERENCE,
     *,
     embedding_trained: bool = True,
+    compiled: bool = True,
 ) -> Activations:
     """What one microbatch of a step needs beyond weights, gradients and optimizer.
 
@@ -73,7 +74,9 @@ def count_activations(
     embedding = 4 * config.vocab_size * config.hidden_dim
     if not embedding_trained:
         matrix = embedding = 0
-    return Activations(kept, state + 4 * logits + matrix, max(backward, state + embedding))
+    # Uncompiled, the loss holds logits, their logarithms, and the cotangents of both at once, the norm its input twice.
+    head = state + 4 * logits if compiled else 2 * (state + wide) + 16 * logits
+    return Activations(kept, head + matrix, max(backward, state + embedding))
 
 
 def _mixing(config: ModelConfig, kernels: Kernels, state: int, wide: int) -> int:

@@ -60,7 +60,8 @@ def make_plan(
     """Count parameters, tokens, operations and memory of a run with sequences of `length` tokens, of all weights or of
     adapters.
 
-    Activations are the most that is alive at once beside gradients of full size; see `count_activations`.
+    Activations are the most that is alive at once beside gradients of full size; see `count_activations`. A checkpoint
+    is written from a copy of the state while the training goes on.
     """
     compute = COMPUTE_DTYPE[training.mixed_precision]
     total = count(config)
@@ -85,6 +86,7 @@ def make_plan(
         f"{flops * training.max_steps:.2e} floating-point operations",
         f"memory       {_gib(sum(parts.values()))} needed: {needed}",
         f"             {_gib(available) if available is not None else 'unknown'} on the device",
+        *_host_lines(config, lora, device),
         f"time         about {_duration(seconds)} if {TYPICAL_UTILISATION[device.type]:.0%} of the peak is reached, "
         "and the progress bar will know better",
     )
@@ -135,6 +137,8 @@ def _memory(
     compute = COMPUTE_DTYPE[training.mixed_precision]
     masters = 4 * (_adapted(config, lora) if lora else count(config))
     parts = {"weights": masters, "optimizer": 2 * masters, "gradients": masters}
+    if device == "cpu":  # a CUDA device keeps the copy only where there is room for it
+        parts["checkpoint"] = 3 * masters
     if lora or compute != torch.float32:
         parts["weights"] += size_bytes(init(config, device="meta", dtype=compute))
     least = config.num_layers * training.batch_size * length * config.hidden_dim * compute.itemsize
@@ -143,18 +147,37 @@ def _memory(
         return parts | {"activations": least, "runtime": RESERVED_BYTES}
     remat = training.remat_policy(config)
     activations = count_activations(
-        config, training.batch_size, length, compute, remat, device, kernels, embedding_trained=lora is None
+        config,
+        training.batch_size,
+        length,
+        compute,
+        remat,
+        device,
+        kernels,
+        embedding_trained=lora is None,
+        compiled=training.compile,
     )
     if lora:
-        # A layer merged and its gradients in fp32; while it is evaluated or saved, all layers merged.
+        # A layer merged and its gradients in fp32; while it is evaluated, all layers merged. What a checkpoint is
+        # written from is merged as well, and lies there while steps and evaluations go on.
         layer = init(config.replace(num_layers=1), device="meta", dtype=compute).layers[0]
         at_once = max(activations.head, activations.layer + size_bytes(layer) + 4 * size(layer))
         merged = config.num_layers * size_bytes(layer)
+        parts["checkpoint"] = parts.get("checkpoint", 0) + merged
         return parts | {"activations": max(activations.kept + at_once, merged), "runtime": RESERVED_BYTES}
     top = 4 * (config.vocab_size * (1 if config.tie_embeddings else 2) + 1) * config.hidden_dim
     accumulated = training.gradient_accumulation_steps > 1
     peak = activations.peak(masters, top, config.num_layers, accumulated)
     return parts | {"activations": peak - masters, "runtime": RESERVED_BYTES}
+
+
+def _host_lines(config: ModelConfig, lora: LoraConfig | None, device: torch.device) -> list[str]:
+    """What a checkpoint of a CUDA device takes of the host: a copy of the state, at most."""
+    if device.type != "cuda":
+        return []
+    copied, free = 12 * (_adapted(config, lora) if lora else count(config)), available_bytes(torch.device("cpu"))
+    known = f" of {_gib(free)}" if free is not None else ""
+    return [f"             a checkpoint takes up to {_gib(copied)}{known} of the host's memory beside it"]
 
 
 def _adapted(config: ModelConfig, lora: LoraConfig) -> int:

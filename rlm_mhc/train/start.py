@@ -28,6 +28,7 @@ from rlm_mhc.train.finetune_config import FinetuneConfig
 from rlm_mhc.train.method import FULL, Method, method_of, require_same
 from rlm_mhc.train.output import CONFIG_FILE, METRICS_FILE, read_config
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.tree import tree_map
 
 # What says how and where to run, not what.
 NOT_COMPARED = ("output_dir", "resume", "resume_from_checkpoint", "resume_optimizer", "overwrite", "debug")
@@ -115,12 +116,17 @@ def load_state(run: RunConfig, checkpoint: Path, device: torch.device, *, verify
     _require_form(described, {name: form for name, form in OPTIONAL.items() if name in described}, checkpoint)
     require_same(method, described, checkpoint)
     params, config, optimizer, saved, generators = load_run(
-        checkpoint, lambda params: adamw_init(method.read(checkpoint, params)), device, verify=verify
+        checkpoint, lambda params: adamw_init(_described(method.read(checkpoint, params))), device, verify=verify
     )
     _require_shape(run, checkpoint, config)
     trained = method.read(checkpoint, params)
     state = resume_train_state(trained, optimizer, saved["step"], _loss_scale(run, saved, device))
     return Loaded(state, saved, generators, method)
+
+
+def _described(trained: Any) -> Any:
+    """A tree on the meta device: moments that are only compared with should take no memory beside those loaded."""
+    return tree_map(lambda leaf: leaf.to("meta"), trained)
 
 
 def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.device, ranks: Ranks) -> Start:

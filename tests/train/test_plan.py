@@ -1,10 +1,17 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
+from rlm_mhc.checkpoint import snapshot
 from rlm_mhc.config import LoraConfig
-from rlm_mhc.testing import small_config
+from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.testing import random_batch, small_config
+from rlm_mhc.testing.memory import peak_bytes
+from rlm_mhc.train.evaluate import evaluate
 from rlm_mhc.train.plan import GIB, Plan, epoch_lines, flops_per_token, make_plan
+from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.tree import size, size_bytes
 
 CPU = torch.device("cpu")
@@ -83,3 +90,44 @@ def test_many_epochs_are_warned_of():
     said, warning = epoch_lines(training, 19, world=2)
     assert said == "epochs       16.8: 320 sequences are drawn from 19"
     assert warning.startswith("warning      more than 16 epochs")
+
+
+@pytest.mark.parametrize("mhc", [True, False])
+def test_a_step_beside_a_checkpoint_that_is_being_written_stays_within_the_plan(mhc):
+    shape = dict(hidden_dim=256, num_layers=4, num_heads=4, num_kv_heads=4, ffn_dim=768, vocab_size=2048)
+    config = small_config(**shape, max_seq_len=128, mhc_enabled=mhc)
+    training = TrainConfig(batch_size=4, gradient_accumulation_steps=1, mixed_precision="fp32", compile=False)
+    state, step = init_train_state(config, training, device="cpu"), make_train_step(config, training, donate=True)
+    batch, kept = random_batch(config, 4, 128), []
+
+    def save_and_step():
+        kept.append(snapshot((state.params, state.optimizer)))
+        step(state, batch)
+
+    step(state, batch)
+    parts = make_plan(config, training, 128, CPU).parts
+    there = size_bytes((state.params, state.optimizer))
+    planned = sum(parts.values()) - parts["runtime"] - there
+    assert 1 <= planned / peak_bytes(save_and_step, CPU) <= 1.15
+    assert parts["checkpoint"] == 12 * fn.count(config)
+
+
+def test_a_merged_copy_is_planned_for_checkpoints_of_adapters():
+    config, training = small_config(hidden_dim=128, num_layers=8), TrainConfig(mixed_precision="bf16", batch_size=1)
+    lora = LoraConfig(rank=4)
+    base = fn.cast(fn.init(config), config, torch.bfloat16)
+    trained = fn.lora_init(base, lora)
+    merged = size_bytes(fn.lora_merge(base, trained, lora.scale).layers)
+    parts = make_plan(config, training, 64, CPU, lora=lora).parts
+    assert parts["checkpoint"] == 12 * size(trained) + merged
+
+
+def test_evaluation_needs_less_than_a_step(monkeypatch):
+    config = small_config(hidden_dim=256, num_layers=4, ffn_dim=768, vocab_size=2048, max_seq_len=128)
+    training = TrainConfig(batch_size=4, mixed_precision="bf16", remat="full", eval_batches=1)
+    run, params = RunConfig(model=config, training=training, data={"max_length": 128}), fn.init(config)
+    monkeypatch.setattr("rlm_mhc.train.evaluate.eval_batches", lambda *_: [random_batch(config, 4, 128)])
+    held_out = SimpleNamespace(evaluation=SimpleNamespace(total=4))
+    parts = make_plan(config, training, 128, CPU).parts
+    planned = sum(parts.values()) - parts["runtime"] - parts["checkpoint"] - 12 * fn.count(config)
+    assert peak_bytes(lambda: evaluate(params, run, held_out), CPU) <= planned
