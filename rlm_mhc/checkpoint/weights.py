@@ -85,7 +85,8 @@ def read_weights(
         FileNotFoundError: when a file is missing.
         ValueError: on a damaged file, or one that does not fit `config`; the message names the first difference.
     """
-    named, source = {}, folder / WEIGHTS_FILE
+    named: dict[str, Tensor] = {}
+    source = folder / WEIGHTS_FILE
     for file, expected in weight_files(folder).items():
         tensors = read_tensors(file, device, verify=verify)
         if expected is not None:
