@@ -105,7 +105,7 @@ def read_files(folder: Path, device: torch.device | str = "cpu", *, verify: bool
         FileNotFoundError: when a file is missing.
         ValueError: on a damaged file, or one that does not hold what the index says.
     """
-    named = {}
+    named: dict[str, Tensor] = {}
     for file, expected in weight_files(folder).items():
         tensors = read_tensors(file, device, verify=verify)
         if expected is not None:

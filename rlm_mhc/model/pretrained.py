@@ -60,7 +60,7 @@ class RLMPreTrainedModel(PreTrainedModel):
         base = self._modules.get(self.base_model_prefix)
         for name in [name for name in state_dict if base is not None and name.startswith(prefix)]:
             rest = name.removeprefix(prefix)
-            if rest.partition(".")[0] in base._modules:  # type: ignore[union-attr]
+            if rest.partition(".")[0] in base._modules:
                 state_dict[f"{prefix}{self.base_model_prefix}.{rest}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from rlm_mhc import TrainConfig, fn
+from rlm_mhc.fn.clip import leaf_norms
 from rlm_mhc.fn.lora import merge_weight, pull_weight
-from rlm_mhc.fn.optim import leaf_norms
 from rlm_mhc.fn.product import product, solve
 from rlm_mhc.kernels.sinkhorn import mhc_mappings_by_op, sinkhorn_knopp
 from rlm_mhc.program import init_train_state, make_train_step
