@@ -35,7 +35,8 @@ def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
     pieces = [_piece_norms(leaf) for leaf in leaves]
     squares = torch.cat([norm for own in pieces for norm in own]).double().square()
     counts = torch.tensor([sum(map(len, own)) for own in pieces], device=squares.device)
-    sums = squares.new_zeros(len(leaves)).index_add(0, torch.repeat_interleave(counts), squares)
+    places = torch.repeat_interleave(counts, output_size=len(squares))
+    sums = squares.new_zeros(len(leaves)).index_add(0, places, squares)
     return torch.where(sums > 0, torch.where(sums > 0, sums, 1.0).sqrt(), sums).to(wide)
 
 

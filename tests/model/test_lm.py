@@ -281,3 +281,16 @@ def test_wrong_calls_say_so(make_model, tokens):
     assert torch.equal(embedded, model(tokens).logits)
     assert model(tokens, use_cache=False).to_tuple()[-1] is not None
     assert isinstance(RLMModel(ModelConfig.preset("tiny")).config, RLMConfig)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)])
+def test_no_token_is_refused(shape):
+    model, tokens = RLMModel(small_config()), torch.zeros(shape, dtype=torch.int64)
+    message = rf"\[{shape[0]}, {shape[1]}\]: expected at least one sequence and one token"
+    for call in (
+        lambda: model(tokens),
+        lambda: model(inputs_embeds=torch.zeros(*shape, 32)),
+        lambda: model.generate(tokens, max_new_tokens=2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -37,3 +37,11 @@ def test_several_processes_without_torchrun_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun"):
         find_ranks()
+
+
+def test_checksum_takes_views_of_any_layout():
+    x = torch.arange(9, dtype=torch.bfloat16)
+    assert checksum((x[1:5],)) == checksum((x[1:5].clone(),))
+    y = torch.arange(12.0).view(3, 4)
+    assert checksum((y.mT,)) == checksum((y.mT.contiguous(),)) != checksum((y,))
+    assert checksum((y[:1].expand(3, 4),)) == checksum((y[:1].repeat(3, 1),))

@@ -5,6 +5,7 @@ import torch
 
 from rlm_mhc import TrainConfig, fn
 from rlm_mhc.config import LoraConfig
+from rlm_mhc.params import Linear
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.parametrization import lora_parametrization
@@ -93,14 +94,12 @@ def test_adapters_and_their_base_may_require_grad():
 
 
 def test_gradients_that_are_one_tensor_are_accumulated_apart():
-    # The cotangent of a sum is that of both of its terms: autograd gives the same tensor twice.
-    def norm(x, weight, eps=1e-6):
-        return fn.rms_norm(x, weight, eps)
+    def swiglu(params, x):
+        # The cotangent of a sum is that of both of its terms: autograd gives one tensor for two weights.
+        both = params.gate_proj.weight + params.up_proj.weight
+        return fn.linear(params.down_proj, fn.linear(Linear(both), x))
 
-    def mappings(params, streams, **options):
-        return fn.mhc_mappings(params._replace(bias=params.bias + params.phi[0]), streams, **options)
-
-    kernels = fn.REFERENCE._replace(rms_norm=norm, mhc_mappings=mappings)
+    kernels = fn.REFERENCE._replace(swiglu=swiglu)
     params, batch = disturbed(fn.init(CONFIG)), random_batch(CONFIG, 2, 9)
     found = make_gradients(CONFIG, kernels)(params, [batch, batch, batch], torch.ones(()))
     once = make_gradients(CONFIG, kernels)(params, [batch], torch.tensor(3.0))
