@@ -1,6 +1,7 @@
 """Train a language model from text: `python recipes/pretrain_1b.py [key=value …]`; keys in configs/pretrain_1b.yaml.
 
-On several GPUs: `torchrun --nproc-per-node=8 recipes/pretrain_1b.py [key=value …]`.
+On several GPUs: `torchrun --nproc-per-node=8 recipes/pretrain_1b.py [key=value …]`, or under SLURM
+`srun --ntasks-per-node=8 python recipes/pretrain_1b.py [key=value …]`.
 """
 
 from rlm_mhc.parallel import first_before_others

@@ -42,7 +42,7 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
-def find_ranks(launch: Launch | None = None) -> Ranks:
+def find_ranks() -> Ranks:
     """Meet the other ranks at the rendezvous that the environment names; alone, start nothing.
 
     The store of an elastic restart still holds the messages of the attempts before. What the ranks write goes under a
@@ -51,7 +51,7 @@ def find_ranks(launch: Launch | None = None) -> Ranks:
     Raises:
         ValueError: as `read_launch` does; when the ranks do not all come within two minutes.
     """
-    launch = read_launch() if launch is None else launch
+    launch = read_launch()
     if launch.world == 1:
         return ALONE
     try:

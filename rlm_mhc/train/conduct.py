@@ -41,8 +41,8 @@ from rlm_mhc.train.wandb_run import report_to, require_wandb, start_wandb
 
 @contextlib.contextmanager
 def launched(run: RunConfig) -> Iterator[tuple[torch.device, Ranks]]:
-    """The device and the ranks of this process, alone or as one of those that torchrun started; only the first rank's
-    prints are seen."""
+    """The device and the ranks of this process, alone or as one of those that torchrun or srun started; only the first
+    rank's prints are seen."""
     device = pick_device(run.device)
     ranks = find_ranks()
     quiet = contextlib.redirect_stdout(sys.stdout if ranks.is_first else io.StringIO())

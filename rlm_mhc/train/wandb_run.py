@@ -90,7 +90,7 @@ def _mode() -> str:
     """
     import wandb
 
-    return str(wandb.Settings(mode=os.environ.get("WANDB_MODE") or "online").mode)  # type: ignore[arg-type]
+    return str(wandb.Settings(mode=os.environ.get("WANDB_MODE") or "online").mode)
 
 
 def _logged_in() -> bool:

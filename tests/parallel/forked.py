@@ -118,7 +118,7 @@ def logged(folder):
     return metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
 
 
-def wait_until(holds, seconds=60):
+def wait_until(holds, seconds=300):
     end = time.monotonic() + seconds
     while not holds() and time.monotonic() < end:
         time.sleep(0.02)

@@ -1,6 +1,5 @@
 """Weights & Biases without a network: what is refused, which login counts, and which run is continued."""
 
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,8 +18,6 @@ def test_wandb_is_not_touched_without_a_project(tmp_path, monkeypatch):
     assert start_wandb(WandbConfig(), tmp_path, {}) is None
     with pytest.raises(ValueError, match="pip install wandb"):
         require_wandb(WandbConfig(project="p"))
-    code = "import sys, rlm_mhc.train; sys.exit('wandb' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.fixture
