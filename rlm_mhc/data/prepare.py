@@ -85,7 +85,9 @@ def prepare(
         key, former = ([FORMAT, *prints, tokenizer_fingerprint(made)] for prints in identity)
         dtype = token_dtype(id_bound(made))
         write = partial(_write_tokens, source, eval_source, made, dtype, bad)
-        meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad, former)
+        # Earlier versions chose the width by the number of entries, too small where ids have gaps.
+        reusable = former if dtype == token_dtype(len(made)) else None
+        meta, reused = make_or_reuse(folder, key, [TRAIN_FILE, EVAL_FILE], write, bad, reusable)
         train, evaluation = (windows(read_tokens(folder / name, dtype), max_length) for name in (TRAIN_FILE, EVAL_FILE))
     origin = f"reused from {folder}" if reused else f"from {meta['documents']:,} documents"
     say_skipped(meta, say)
