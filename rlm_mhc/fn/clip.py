@@ -27,14 +27,14 @@ def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
     """
     leaves = tree_leaves(tree)
     if not leaves:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     wide = torch.promote_types(functools.reduce(torch.promote_types, {leaf.dtype for leaf in leaves}), torch.float32)
     if {(leaf.is_cuda, leaf.dtype) for leaf in leaves} == {(True, leaves[0].dtype)}:
         # One launch for all; blocks of threads sum small pieces there.
         return torch.stack(torch._foreach_norm(leaves, 2, wide))
     pieces = [_piece_norms(leaf) for leaf in leaves]
     squares = torch.cat([norm for own in pieces for norm in own]).double().square()
-    counts = torch.tensor([sum(map(len, own)) for own in pieces], device=squares.device)
+    counts = torch.tensor([sum(map(len, own)) for own in pieces], dtype=torch.int64, device=squares.device)
     places = torch.repeat_interleave(counts, output_size=len(squares))
     sums = squares.new_zeros(len(leaves)).index_add(0, places, squares)
     return torch.where(sums > 0, torch.where(sums > 0, sums, 1.0).sqrt(), sums).to(wide)

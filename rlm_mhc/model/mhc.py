@@ -25,8 +25,8 @@ class Undecayed(str):
 def add_weights(module: nn.Module, specs: Any) -> None:
     """Register an uninitialised parameter for each `WeightSpec` of a named tuple."""
     for name, spec in specs._asdict().items():
-        weight = torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype()))
-        module.register_parameter(name if spec.decay else Undecayed(name), nn.Parameter(weight))
+        weight = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype(torch.get_default_dtype())))
+        module.register_parameter(name if spec.decay else Undecayed(name), weight)
 
 
 class mHCLayer(nn.Module):
