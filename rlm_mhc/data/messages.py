@@ -49,7 +49,7 @@ def unused_keys(record: dict[str, Any], template: str) -> set[str]:
     inner = {key for message in record["messages"] for key, value in message.items() if value is not None}
     unnamed = _unnamed(frozenset(inner - {"role", "content", "weight"}), template)
     outer = {key for key, value in record.items() if value is not None}
-    return _unnamed(frozenset(outer - {"messages"}), template) | {f"messages[].{key}" for key in unnamed}
+    return {*_unnamed(frozenset(outer - {"messages"}), template), *(f"messages[].{key}" for key in unnamed)}
 
 
 @lru_cache(maxsize=1024)
