@@ -64,7 +64,7 @@ def test_two_ranks_train_as_one_process_with_the_same_global_batch(corpus, tmp_p
     assert [row[:2] for row in two] == [row[:2] for row in one]
     assert len(two) == 20
     for (_, _, a, a_eval), (_, _, b, b_eval) in zip(two, one, strict=True):
-        assert a == pytest.approx(b, abs=1e-5)
+        assert a == pytest.approx(b, rel=1e-5)
         assert (a_eval is None) == (b_eval is None)
     checkpoints = [load_run(tmp_path / name / "checkpoints" / "checkpoint-20", adamw_init) for name in ("two", "one")]
     assert_trees_close(checkpoints[0].params, checkpoints[1].params, 1e-3)
@@ -153,7 +153,7 @@ def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_
     assert alone(*one_process, f"output_dir={other}").returncode == 0
     a, b = losses(out), losses(other)
     assert [row[:2] for row in a] == [row[:2] for row in b] == [(n, b[0][1] * n) for n in range(1, step + 4)]
-    assert [row[2] for row in a] == pytest.approx([row[2] for row in b], abs=1e-5)
+    assert [row[2] for row in a] == pytest.approx([row[2] for row in b], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ def test_a_llama_and_what_it_became_start_at_one_loss_and_both_learn(recipe, cor
     result = recipe("upcycling", *TINY, *folders, "steps=12", "eval_batches=2")
     assert result.code == 0, result.err
     written = json.loads((tmp_path / "results" / "upcycling_32x2.json").read_text())
-    assert written["difference_before"] < 1e-6
+    assert written["difference_before"] < 1e-5
     before, after, losses = (written[key] for key in ("held_out_before", "held_out_after", "training_loss"))
     assert losses["mhc"][0] == pytest.approx(losses["llama"][0], rel=1e-5)
     for name in ("llama", "mhc"):
