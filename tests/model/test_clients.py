@@ -263,8 +263,9 @@ def test_weights_that_accelerate_offloads_come_back_for_a_forward(make_model, to
     names = [f"model.{name}" for name, _ in model.model.named_children() if name != "layers"]
     where = {**dict.fromkeys(["lm_head", *names], "cpu"), "model.layers.0": "cpu", "model.layers.1": "disk"}
     options = dict(device_map=where, offload_folder=tmp_path / "offloaded")
-    assert torch.equal(RLMModel.from_pretrained(tmp_path / "model", **options)(tokens).logits, expected)
-    assert torch.equal(cpu_offload(model, execution_device="cpu")(tokens).logits, expected)
+    # To rounding: weights mapped from a file are off 64 bytes, and some CPUs sum them in another order.
+    torch.testing.assert_close(RLMModel.from_pretrained(tmp_path / "model", **options)(tokens).logits, expected)
+    torch.testing.assert_close(cpu_offload(model, execution_device="cpu")(tokens).logits, expected)
 
 
 def test_trainer_smooths_the_labels_of_the_next_token(make_model, tokens, tmp_path):
