@@ -221,8 +221,8 @@ def _difference(example: Any, tree: Any, name: str) -> str | None:
     mappings = _is_mapping(example) and _is_mapping(tree)
     alike = mappings or (_is_sequence(example) and type(tree) is type(example))
     if not alike:
-        expected, found = (type(x).__name__ if _is_sequence(x) or _is_mapping(x) else "" for x in (example, tree))
-        return f"{place} is {found or 'a leaf'}, expected {expected or 'a leaf'}" if expected or found else None
+        expected, other = (type(x).__name__ if _is_sequence(x) or _is_mapping(x) else "" for x in (example, tree))
+        return f"{place} is {other or 'a leaf'}, expected {expected or 'a leaf'}" if expected or other else None
     if mappings and tree.keys() != example.keys():
         missing, unknown = (sorted(map(repr, a.keys() - b.keys())) for a, b in ((example, tree), (tree, example)))
         return f"{place} lacks the keys [{', '.join(missing)}] and has [{', '.join(unknown)}] beside those expected"

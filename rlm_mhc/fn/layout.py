@@ -57,7 +57,7 @@ def require_heads(q: AnyTensor, k: AnyTensor, v: AnyTensor) -> None:
     require_entries("queries", q)
     group = k.shape[-3] if k.dim() == q.dim() else 1
     if not group or q.shape[-3] % group:
-        raise ValueError(f"{q.shape[-3]} query heads, {group} key heads: expected a multiple of those")
+        raise ValueError(f"{q.shape[-3]} query heads, {group} key heads: expected a multiple of the key heads")
     for name, x in (("keys", k), ("values", v)):
         require_shape(name, x, q.device, (*q.shape[:-3], group, *q.shape[-2:]), q.dtype)
 
@@ -77,7 +77,7 @@ def rows(x: AnyTensor) -> AnyTensor:
 
 
 def flat(x: AnyTensor, axes: int) -> AnyTensor:
-    """`x` with one axis of tokens before its last `axes`, as the Triton kernels take it."""
+    """Merge all axes before the last `axes` into one of tokens, `aligned`."""
     return aligned(x.reshape(-1, *x.shape[x.dim() - axes :]))
 
 

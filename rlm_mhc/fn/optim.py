@@ -109,7 +109,8 @@ def adamw(
     hyper = Hyperparameters(lr, betas, eps, grad_scale, found_inf)
     step = state.step + (1 if found_inf is None else 1 - found_inf)
     if _is_differentiated((*(x for column in leaves for x in column), *hyper, state.step), donate):
-        updated = [adamw_leaf(*row[:4], state.step, hyper, rate) for row, rate in zip(rows, rates, strict=True)]
+        given = zip(*leaves, rates, strict=True)
+        updated = [adamw_leaf(p, g, m, v, state.step, hyper, rate) for p, g, m, v, rate in given]
     elif donate:
         _require_apart(leaves, params)
         _update_in_place(leaves, rates, state.step, hyper)
@@ -152,21 +153,26 @@ def adamw_leaf(
 
 @torch.no_grad()
 def _fused(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperparameters) -> None:
-    """Update packed leaves in place by the operation under torch's own functional AdamW, a call for each kind of them.
+    """Update packed leaves in place by torch's fused AdamW, one call per device, dtype and weight decay.
 
-    That function adds 1 to a counter of each leaf, which takes as long as the update of a small one.
+    `torch.optim.adamw.adamw` makes the same call, but counts the updates of each leaf in a tensor of its own, which
+    takes as long as the update of a small leaf.
     """
     kinds: dict[Any, list[int]] = {}
     for number, (p, rate) in enumerate(zip(leaves.params, rates, strict=True)):
         kinds.setdefault((p.device, p.dtype, rate), []).append(number)
     for (device, _, rate), chosen in kinds.items():
         # A rate on the CPU is passed on as a number.
-        lr = _moved(hyper.lr, device) if isinstance(hyper.lr, Tensor) and not hyper.lr.is_cpu else hyper.lr
+        lr: Any = _moved(hyper.lr, device) if isinstance(hyper.lr, Tensor) and not hyper.lr.is_cpu else hyper.lr
+        values, grads, exp_avgs, exp_avg_sqs = ([column[number] for number in chosen] for column in leaves)
         torch._fused_adamw_(
-            *([column[number] for number in chosen] for column in leaves),
+            values,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
             max_exp_avg_sqs=[],
             state_steps=[_moved(step + 1, device)] * len(chosen),
-            lr=lr,  # type: ignore[arg-type]
+            lr=lr,
             beta1=hyper.betas[0],
             beta2=hyper.betas[1],
             weight_decay=rate,
@@ -212,9 +218,9 @@ def _packed_zeros(x: Tensor) -> Tensor:
 
 
 def _is_differentiated(inputs: Sequence[Any], donate: bool) -> bool:
-    """Whether a transform or autograd follows any of them; donated ones are nobody's to differentiate.
+    """Whether a transform or autograd follows any input; donated inputs are not differentiated.
 
-    `torch.compile` does not say, and takes the formula alone.
+    Under `torch.compile` that is unknown, and the formula, unlike the fused operation, can be traced.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # which PyTorch shows under no public name
         return True
