@@ -46,17 +46,6 @@ def add_product(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return base + scale * product(a, b)
 
 
-def solve(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.linalg.solve(a, b)` of `[*b, n, n]` and `[*b, n, m]`, and its derivatives, as without autocast.
-
-    >>> solve(2 * torch.eye(2), torch.ones(2, 1)).flatten()
-    tensor([0.5000, 0.5000])
-    """
-    if not _autocast_on(a.device.type):
-        return torch.linalg.solve(a, b)
-    return _apply(_Solve, torch.linalg.solve, a, b)
-
-
 def _autocast_on(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -89,21 +78,3 @@ class _Product(torch.autograd.Function):
             with torch.autocast(a.device.type, enabled=False):
                 return g @ b.mT, left.mT @ right
         return product(g, b.mT), product(left.mT, right)
-
-
-class _Solve(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.solve(a, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        (g,), (a, x) = cotangents, ctx.saved_tensors
-        of_b = solve(a.mT, g)
-        return -product(of_b, x.mT), of_b

@@ -97,9 +97,9 @@ def kronecker_product(raw: Raw, n: int) -> StreamMatrix:
 def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> StreamMatrix:
     """`res[i, j] = ‖Q_ij‖² / block`, `Q_ij` the `block × block` parts of an orthogonal matrix (arXiv 2604.02309).
 
-    `Q = (I + X)⁻¹ (I - X)`, the Cayley map of the skew-symmetric `X` whose upper triangle holds the raw numbers,
-    row by row. With `block=1` these are the orthostochastic matrices; larger blocks fill more of the polytope. It is
-    solved in fp64, and numbers beyond ±10⁶ count as that, so that `Q` is orthogonal to 1e-9 at worst.
+    `Q = (I + X)⁻¹ (I - X) = 2 (I + X)⁻¹ - I`, the Cayley map of the skew-symmetric `X` whose upper triangle holds the
+    raw numbers, row by row. With `block=1` these are the orthostochastic matrices; larger blocks fill more of the polytope. It is
+    computed in fp64, and numbers beyond ±10⁶ count as that, so that `Q` is orthogonal to 1e-9 at worst.
 
     >>> orthostochastic(torch.zeros(6), 2)
     tensor([[1., 0.],
@@ -114,7 +114,8 @@ def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> 
     bounded = raw.double().clamp(-LARGEST_SKEW, LARGEST_SKEW)
     skew = bounded[..., where.flatten()].unflatten(-1, (wide, wide)) * (ones.triu(1) - ones.tril(-1))
     identity = torch.eye(wide, dtype=torch.float64, device=raw.device)
-    q = torch.linalg.solve(identity + skew, identity - skew)
+    # Not solve: its second derivative in forward mode is wrong (torch 2.13).
+    q = 2 * torch.linalg.inv(identity + skew) - identity
     squares = q.square().unflatten(-1, (n, block)).unflatten(-3, (n, block))
     return (squares.sum((-3, -1)) / block).to(raw.dtype)
 

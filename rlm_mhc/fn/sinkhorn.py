@@ -1,13 +1,13 @@
 """Sinkhorn-Knopp: from any logits to a doubly stochastic matrix, with the gradient of its finite iteration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlm_mhc.fn.norm import widen
-from rlm_mhc.fn.product import product, solve
 from rlm_mhc.types import StreamMatrix
 
 # Of the outcomes that a backward computes again, those of so many matrices exist at once: at most `TAPE` times the
@@ -74,6 +74,10 @@ def sinkhorn_implicit(logits: StreamMatrix, *, num_iters: int = 100) -> StreamMa
         logits: as in `sinkhorn_knopp`.
         num_iters: pairs of normalisations.
 
+    Raises:
+        ValueError: on fewer than one iteration.
+        RuntimeError: in forward mode under `torch.compile`.
+
     Source: Luise et al., arXiv 1805.11897.
 
     >>> sinkhorn_implicit(torch.zeros(2, 2))
@@ -82,6 +86,9 @@ def sinkhorn_implicit(logits: StreamMatrix, *, num_iters: int = 100) -> StreamMa
     """
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: expected at least 1")
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        # Dynamo would trace the forward and differentiate the iterations.
+        raise RuntimeError("sinkhorn_implicit in forward mode: not under torch.compile; use sinkhorn_knopp")
     return _AtTheLimit.apply(widen(logits), num_iters)
 
 
@@ -158,6 +165,20 @@ def _within_limits(logits: Tensor, g: Tensor) -> Tensor:
     return torch.where(logits.abs() <= _limit(logits), g, 0.0)
 
 
+def _for_all_levels(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make `jvp(ctx, tangent, *saved)` differentiable by the forward-mode levels around it.
+
+    PyTorch runs the jvp of a Function with forward mode off at all levels, which would make a jvp of it zero. With it
+    on, saved tensors must not have the tangents of this level.
+    """
+
+    def differentiable(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, tangent, *(forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors))
+
+    return differentiable
+
+
 class _Sinkhorn(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -183,8 +204,9 @@ class _Sinkhorn(torch.autograd.Function):
         return _tokens_first(g.reshape(n, n, *logits.shape[:-2])), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        logits = _tokens_last(ctx.saved_tensors[0])
+    @_for_all_levels
+    def jvp(ctx: Any, tangent: Tensor, logits: Tensor) -> Tensor:
+        logits = _tokens_last(logits)
         t = _within_limits(logits, _tokens_last(tangent))
         for m, axis, shifted in _outcomes(logits, ctx.num_iters, ctx.eps):
             t = t - (m * t).sum(axis, keepdim=True)
@@ -211,18 +233,19 @@ class _AtTheLimit(torch.autograd.Function):
         return _within_limits(logits, _without_sums(p, cotangents[0] * p)), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        logits, p = ctx.saved_tensors
+    @_for_all_levels
+    def jvp(ctx: Any, tangent: Tensor, logits: Tensor, p: Tensor) -> Tensor:
         return _without_sums(p, p * _within_limits(logits, tangent))
 
 
 def _without_sums(p: Tensor, g: Tensor) -> Tensor:
     """`g - p · (u 1ᵀ + 1 vᵀ)` with the `u`, `v` that leave no row or column sum; it is its own transpose."""
-    rows, columns = g.sum(-1, keepdim=True), g.sum(-2).unsqueeze(-1)
-    n = p.shape[-1]
+    n, eps = p.shape[-1], torch.finfo(p.dtype).eps
+    wide, wide_g = p.double(), g.double()  # autocast leaves fp64 alone
+    rows, columns = wide_g.sum(-1, keepdim=True), wide_g.sum(-2).unsqueeze(-1)
     # u and v are known up to a constant between them: 11ᵀ/n fixes it. The rest is for a permutation, where pᵀp = 1.
-    ridge = 4 * n * torch.finfo(p.dtype).eps
-    identity = torch.eye(n, dtype=p.dtype, device=p.device)
-    v = solve(identity * (1 + ridge) + 1 / n - product(p.mT, p), columns - product(p.mT, rows))
-    u = rows - product(p, v)
-    return g - p * (u + v.mT)
+    identity = torch.eye(n, dtype=torch.float64, device=p.device)
+    # Not solve: its second derivative in forward mode is wrong (torch 2.13).
+    v = torch.linalg.inv(identity * (1 + 4 * n * eps) + 1 / n - wide.mT @ wide) @ (columns - wide.mT @ rows)
+    u = rows - wide @ v
+    return (wide_g - wide * (u + v.mT)).to(g.dtype)

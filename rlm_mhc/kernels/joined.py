@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-NO_SECOND = "second derivatives of the fused kernels are not there; use the reference kernels"
+NO_SECOND = "fused kernels have no second derivatives and no forward mode; use the reference kernels"
 MOST_INPUTS = 9
 
 
@@ -27,14 +29,34 @@ class Halves:
 def joined(halves: Halves, settings: Any, inputs: tuple[Tensor, ...]) -> Any:
     """The outputs of `halves`, whose gradient is its backward's.
 
-    Under `vmap` both run once for each element. Second derivatives are errors, and so is forward mode; but under
-    `torch.compile` a `torch.func.grad` within another is zero, as of any `autograd.Function` (torch 2.13).
+    Under `vmap` both run once for each element.
+
+    Raises:
+        RuntimeError: under second derivatives and in forward mode; use the reference kernels.
     """
+    refuse_untraceable(halves.name)
     # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
     # (pytorch issue 193279); views of them are not.
     with_settings = dataclasses.replace(halves, settings=settings)
     absent = (None,) * (MOST_INPUTS - halves.inputs)
     return _Joined.apply(with_settings, *(x.view_as(x) for x in inputs), *absent)[: halves.outputs]
+
+
+def refuse_untraceable(name: str) -> None:
+    """Refuse what `torch.compile` traces through an `autograd.Function` as zero (torch 2.13).
+
+    Raises:
+        RuntimeError: when compiled within `torch.func.jvp`, or within two `torch.func.grad`.
+    """
+    if torch.compiler.is_compiling() and _in_jvp_or_two_gradients():
+        raise RuntimeError(f"{NO_SECOND}: {name}")
+
+
+@torch.compiler.assume_constant_result
+def _in_jvp_or_two_gradients() -> bool:
+    # Dynamo enters transforms while it traces, and guards on those that were entered before.
+    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
+    return TransformType.Jvp in levels or levels.count(TransformType.Grad) > 1
 
 
 class _Joined(torch.autograd.Function):
@@ -52,7 +74,7 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         tensors = (*ctx.saved_tensors, *cotangents[: ctx.halves.outputs])
-        # The number of arguments varies here too, and under torch.compile there is no error to give: see above.
+        # The number of arguments varies here too, which dynamo does not trace; it has refused a second derivative.
         run = _gradient if torch.compiler.is_compiling() else _Gradient.apply
         return None, *run(ctx.halves, *tensors), *(None,) * (MOST_INPUTS - ctx.halves.inputs)
 

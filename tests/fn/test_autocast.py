@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from rlm_mhc import TrainConfig, fn
 from rlm_mhc.fn.clip import leaf_norms
 from rlm_mhc.fn.lora import merge_weight, pull_weight
-from rlm_mhc.fn.product import product, solve
+from rlm_mhc.fn.product import product
 from rlm_mhc.kernels.sinkhorn import mhc_mappings_by_op, sinkhorn_knopp
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.hyper import mappings_stage
@@ -157,15 +157,14 @@ def test_autocast_changes_no_compiled_gradient(shapes, monkeypatch):
         assert_same(torch.autograd.grad(value, leaves), expected)
 
 
-@pytest.mark.parametrize("f", [product, solve])
-def test_derivatives_under_autocast_are_those_of_finite_differences(f):
+def test_derivatives_under_autocast_are_those_of_finite_differences():
     a, b = normal(2, 3, 3).double() + 4 * torch.eye(3, dtype=torch.float64), normal(2, 3, 3).double()
     inputs = a.requires_grad_(), b.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.autograd.gradcheck(f, inputs)
-        assert torch.autograd.gradgradcheck(f, inputs)
+        assert torch.autograd.gradcheck(product, inputs)
+        assert torch.autograd.gradgradcheck(product, inputs)
         flat = normal(5, 3).double().requires_grad_(), b[0].detach().requires_grad_()
-        assert f is solve or torch.autograd.gradgradcheck(f, flat)
+        assert torch.autograd.gradgradcheck(product, flat)
 
 
 @pytest.mark.parametrize("preset", ["paper", "lite", "single_pass"])

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from torch.func import grad, grad_and_value, jvp, vmap
+from torch.func import grad, grad_and_value, jacfwd, jacrev, jvp, vmap
 
 from rlm_mhc import fn
 from rlm_mhc.testing import assert_as_accurate, assert_trees_close, random_batch, small_config
 from rlm_mhc.testing.models import double
+from rlm_mhc.testing.strategies import BIRKHOFF
 from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
+from rlm_mhc.variants import PROJECTIONS
 
 
 def plain_autograd(params, batch, config):
@@ -136,3 +138,77 @@ def test_kernels_are_an_argument():
     out = fn.forward(params, tokens, config, fn.REFERENCE._replace(attention=counting))
     assert len(calls) == config.num_layers
     torch.testing.assert_close(out, fn.forward(params, tokens, config))
+
+
+def textbook_sinkhorn(logits, iterations, eps=0.0):
+    m = logits.softmax(-2) + eps
+    m = m / (m.sum(-1, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        m = m / (m.sum(-2, keepdim=True) + eps)
+        m = m / (m.sum(-1, keepdim=True) + eps)
+    return m
+
+
+def textbook_attention(q, k, v):
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf")).softmax(-1) @ v
+
+
+# The implicit gradient is that of the limit, of which these iterations fall short by rounding alone.
+WITH_THEIR_OWN_DERIVATIVES = {
+    "sinkhorn": (lambda x: fn.sinkhorn_knopp(x, num_iters=3), lambda x: textbook_sinkhorn(x, 3)),
+    "sinkhorn with eps": (
+        lambda x: fn.sinkhorn_knopp(x, num_iters=3, eps=0.1),
+        lambda x: textbook_sinkhorn(x, 3, 0.1),
+    ),
+    "implicit sinkhorn": (lambda x: fn.sinkhorn_implicit(x, num_iters=60), lambda x: textbook_sinkhorn(x, 60)),
+    "attention": (
+        lambda x: fn.causal_attention(x, x.sin(), x.cos()),
+        lambda x: textbook_attention(x, x.sin(), x.cos()),
+    ),
+}
+SECOND_DERIVATIVES = {
+    "jvp of jvp": lambda f: lambda x: jvp(lambda y: jvp(f, (y,), (x,))[1], (x,), (x.mT,))[1],
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f)),
+    "jacfwd of jacrev": lambda f: jacfwd(jacrev(f)),
+    "jacrev of jacfwd": lambda f: jacrev(jacfwd(f)),
+    "jacrev of jacrev": lambda f: jacrev(jacrev(f)),
+    "grad of jvp of jvp": lambda f: grad(lambda x: jvp(lambda y: jvp(f, (y,), (y,))[1], (x,), (x.mT,))[1]),
+    "vmap of jacfwd of jacfwd": lambda f: lambda x: vmap(jacfwd(jacfwd(f)))(torch.stack([x, x.mT])),
+}
+
+
+@pytest.mark.parametrize("transform", SECOND_DERIVATIVES)
+@pytest.mark.parametrize("name", WITH_THEIR_OWN_DERIVATIVES)
+def test_second_derivatives_equal_those_of_the_textbook_formula(name, transform):
+    if name == "attention" and transform == "jacrev of jacrev":
+        pytest.skip("PyTorch's fused attention has no double backward, which is its error")
+    weight, x = torch.randn(2, 1, 3, 3, dtype=torch.float64).unbind()
+    ours, expected = (
+        SECOND_DERIVATIVES[transform](lambda x, f=f: (f(x) * weight).sum())(x) for f in WITH_THEIR_OWN_DERIVATIVES[name]
+    )
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_implicit_sinkhorn_in_compiled_forward_mode_is_an_error_and_not_the_derivative_of_the_iterations():
+    x = torch.eye(3)
+    run = torch.compile(lambda x: jvp(fn.sinkhorn_implicit, (x,), (x,))[1], backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="sinkhorn_implicit in forward mode"):
+        run(x)
+
+
+@pytest.mark.parametrize("projection", BIRKHOFF)
+def test_every_order_of_transforms_has_the_same_second_derivatives_of_a_projection(projection):
+    size = PROJECTIONS[projection].raw_size(2)
+    weight, raw = torch.randn(1, 2, 2, dtype=torch.float64), torch.randn(1, size, dtype=torch.float64)
+
+    def loss(raw):
+        return (fn.project(raw, 2, projection, num_iters=3) * weight).sum()
+
+    reverse = jacrev(jacrev(loss))(raw)
+    for outer, inner in ((jacfwd, jacfwd), (jacfwd, jacrev), (jacrev, jacfwd)):
+        torch.testing.assert_close(outer(inner(loss))(raw), reverse, atol=1e-10, rtol=0)
+        each = vmap(outer(inner(loss)))(torch.stack([raw, raw]))
+        torch.testing.assert_close(each, torch.stack([reverse, reverse]), atol=1e-10, rtol=0)

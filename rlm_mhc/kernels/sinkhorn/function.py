@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.kernels.joined import NO_SECOND, refuse_untraceable
 from rlm_mhc.kernels.sinkhorn.op import sinkhorn, sinkhorn_backward
 
 
 def sinkhorn_knopp(logits: Tensor, *, num_iters: int = 20, eps: float = 0.0) -> Tensor:
     """`fn.sinkhorn_knopp`, faster on a CPU, and keeping only the logits for its backward.
 
-    Not for forward mode (`jvp`) and second derivatives, which are errors: use the reference there.
+    Raises:
+        RuntimeError: under second derivatives and in forward mode (`jvp`); use the reference.
 
     >>> sinkhorn_knopp(torch.zeros(2, 2))
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
     """
+    refuse_untraceable("sinkhorn_knopp")
     wide = widen(logits)
     # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
     # (pytorch issue 193279); a view of them is not.
@@ -37,7 +40,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None, None, None]:
-        raise RuntimeError("second derivatives of this sinkhorn_knopp are not there; use rlm_mhc.fn.sinkhorn_knopp")
+        raise RuntimeError(f"{NO_SECOND}: sinkhorn_knopp")
 
     @staticmethod
     def vmap(
@@ -47,7 +50,8 @@ class _Gradient(torch.autograd.Function):
             x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
             for x, axis in zip((logits, cotangent), in_dims, strict=False)
         )
-        return sinkhorn_backward(logits.contiguous(), cotangent.contiguous(), num_iters, eps), 0
+        # Not the op: that has no backward, and a second derivative of a batch would be zero instead of an error.
+        return _Gradient.apply(logits, cotangent, num_iters, eps), 0
 
 
 class _Sinkhorn(torch.autograd.Function):
