@@ -41,7 +41,8 @@ def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumul
     loss = sum(result.loss for result in results)
     assert_as_accurate(loss, plain_value, value)
     for result in results:
-        assert_as_accurate(result.grads, plain, expected)
+        # Float64 finds faults; in float32 the worst of many random models is to pass.
+        assert_as_accurate(result.grads, plain, expected, factor=8)
 
 
 @pytest.mark.slow
