@@ -95,8 +95,8 @@ def orthostochastic(raw: Raw, n: int, *, block: int = ORTHOSTOCHASTIC_BLOCK) -> 
     """`res[i, j] = ‖Q_ij‖² / block`, `Q_ij` the `block × block` parts of an orthogonal matrix (arXiv 2604.02309).
 
     `Q = (I + X)⁻¹ (I - X) = 2 (I + X)⁻¹ - I`, the Cayley map of the skew-symmetric `X` whose upper triangle holds the
-    raw numbers, row by row. With `block=1` these are the orthostochastic matrices; larger blocks fill more of the polytope. It is
-    computed in fp64, and numbers beyond ±10⁶ count as that, so that `Q` is orthogonal to 1e-9 at worst.
+    raw numbers, row by row. With `block=1` these are the orthostochastic matrices; larger blocks fill more of the
+    polytope. It is computed in fp64, and numbers beyond ±10⁶ count as that, so that `Q` is orthogonal to 1e-9 at worst.
 
     >>> orthostochastic(torch.zeros(6), 2)
     tensor([[1., 0.],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn import Batch
-from rlm_mhc.tree import tree_map
+from rlm_mhc.tree import map_named, tree_map
 
 T = TypeVar("T")
 # Runs of recipes that take a moment on a CPU; what is named after it wins.
@@ -50,6 +50,19 @@ def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
     zero are not."""
     generator = torch.Generator().manual_seed(seed)
     return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype), params)
+
+
+def with_entry(params: Any, name: str, index: int, value: float) -> Any:
+    """A tree whose leaf of a name has `value` at `index`, counted through the flat leaf and round again."""
+
+    def changed(own: str, leaf: Tensor) -> Tensor:
+        if own != name:
+            return leaf
+        flat = leaf.flatten().clone()
+        flat[index % len(flat)] = value
+        return flat.view(leaf.shape)
+
+    return map_named(changed, params)
 
 
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:
