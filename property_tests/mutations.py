@@ -57,6 +57,7 @@ MUTATIONS = [
     Mutation("raw numbers read by columns", "fn/projections.py", "return sinkhorn_knopp(wide.unflatten(-1, (n, n)),", "return sinkhorn_knopp(wide.unflatten(-1, (n, n)).mT,"),
     Mutation("logits not bounded", "fn/sinkhorn.py", "    log = _bounded(logits)\n    for _", "    log = logits\n    for _"),
     Mutation("logits not bounded in the backward", "fn/sinkhorn.py", "    log = _bounded(logits)\n    if not", "    log = logits\n    if not"),
+    Mutation("NaN counts as the largest logit", "fn/sinkhorn.py", "    return logits.clamp(-_limit(logits), _limit(logits))", "    return torch.fmin(logits.clamp(-_limit(logits), _limit(logits)), logits.new_tensor(_limit(logits)))"),
     Mutation("exp of the logits in the backward", "fn/sinkhorn.py", "torch.log_softmax(log, dim=axis)", "(log.exp() / log.exp().sum(axis, keepdim=True)).log()"),
     Mutation("backward of the limit", "fn/sinkhorn.py", "list(_outcomes(logits, num_iters, eps))", "list(_outcomes(logits, num_iters + 100, eps))"),
     Mutation("one iteration fewer in the backward", "fn/sinkhorn.py", "list(_outcomes(logits, num_iters, eps))", "list(_outcomes(logits, max(1, num_iters - 1), eps))"),

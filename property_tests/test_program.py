@@ -1,16 +1,21 @@
 """The program of stages computes the gradient of `fn.loss`, however the work is cut."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from rlm_mhc import fn
+from rlm_mhc import TrainConfig, fn
+from rlm_mhc.program import make_train_step
+from rlm_mhc.program.decode import DECODING
 from rlm_mhc.program.gradients import make_gradients
+from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing import assert_as_accurate, random_batch, ranks_in_threads
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import disturbed, with_entry
 from rlm_mhc.testing.strategies import configs
-from rlm_mhc.tree import tree_map
+from rlm_mhc.tree import named_leaves, tree_map
 
 
 @given(
@@ -43,6 +48,30 @@ def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumul
     for result in results:
         # Float64 finds faults; in float32 the worst of many random models is to pass.
         assert_as_accurate(result.grads, plain, expected, factor=8)
+
+
+@given(
+    config=configs(num_layers=1),
+    kernels=st.sampled_from([fn.REFERENCE, DECODING]),
+    value=st.sampled_from([math.nan, math.inf, -math.inf]),
+    data=st.data(),
+)
+def test_a_weight_that_is_not_finite_is_skipped_where_the_loss_or_its_gradient_is_not_finite(
+    config, kernels, value, data
+):
+    params, batch = disturbed(fn.init(config)), random_batch(config, 2, 5)
+    name = data.draw(st.sampled_from([name for name, w in named_leaves(params).items() if w.numel()]))
+    params = with_entry(params, name, data.draw(st.integers(0, 999)), value)
+    grads, loss = torch.func.grad_and_value(fn.loss)(params, batch, config)
+    finite = all(x.isfinite().all() for x in [loss, *named_leaves(grads).values()])
+    training = TrainConfig(batch_size=2, gradient_accumulation_steps=1, compile=False, mixed_precision="fp32")
+    state = resume_train_state(params, fn.adamw_init(params), 0)
+    after, metrics = make_train_step(config, training, kernels=kernels)(state, batch)
+    assert metrics["skipped"] == (not finite)
+    assert metrics["loss"].isfinite() == loss.isfinite()
+    if not finite:
+        for new, old in zip(named_leaves(after.params).values(), named_leaves(params).values(), strict=True):
+            assert torch.equal(new.nan_to_num(), old.nan_to_num())
 
 
 @pytest.mark.slow

@@ -140,5 +140,5 @@ def _opening(weights: Mapping[str, Tensor], site: str, config: ModelConfig) -> f
     n = config.mhc_flows
     phi, alpha = weights[f"{site}.phi"], weights[f"{site}.alpha"]
     parts = [phi] if len(alpha) == 1 else phi.split([n, n, phi.shape[1] - 2 * n], -1)
-    rms = [part.square().sum(0).mean().sqrt().item() if part.numel() else 0.0 for part in parts]
-    return max(abs(a) * size for a, size in zip(alpha.tolist(), rms, strict=True))
+    rms = torch.stack([part.square().sum(0).mean().sqrt() if part.numel() else part.new_zeros(()) for part in parts])
+    return (alpha.abs() * rms).max().item()  # NaN where a weight is: the max of Python may drop it

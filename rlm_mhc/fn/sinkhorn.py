@@ -162,7 +162,7 @@ def _bounded(logits: Tensor) -> Tensor:
 
 
 def _within_limits(logits: Tensor, g: Tensor) -> Tensor:
-    return torch.where(logits.abs() <= _limit(logits), g, 0.0)
+    return torch.where(logits.abs() > _limit(logits), 0.0, g)
 
 
 def _for_all_levels(jvp: Callable[..., Tensor]) -> Callable[..., Tensor]:

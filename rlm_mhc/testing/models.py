@@ -62,6 +62,19 @@ def double(tree: Any) -> Any:
     return tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
 
 
+def with_entry(params: Any, name: str, index: int, value: float) -> Any:
+    """A tree whose leaf of a name has `value` at `index`, counted through the flat leaf and round again."""
+
+    def changed(own: str, leaf: Tensor) -> Tensor:
+        if own != name:
+            return leaf
+        flat = leaf.flatten().clone()
+        flat[index % len(flat)] = value
+        return flat.view(leaf.shape)
+
+    return map_named(changed, params)
+
+
 def random_batch(config: ModelConfig, *shape: int, seed: int = 0, ignored: float = 0.0) -> Batch:
     """Random tokens and targets of a shape `[*b, s]`, a share of the targets ignored."""
     generator = torch.Generator().manual_seed(seed)

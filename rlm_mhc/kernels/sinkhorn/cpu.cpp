@@ -1,7 +1,8 @@
 // Sinkhorn-Knopp on [tokens, n, n] and the gradient of its finite iteration; the derivation is in README.md.
 //
 // LANES matrices are worked on together, entry e of all of them side by side, so that every loop over lanes is one
-// vector instruction and all iterations run in the first-level cache.
+// vector instruction and all iterations run in the first-level cache. NaN must reach every entry of its matrix: no
+// -ffast-math, and std::max may drop it only where a sum brings it back.
 
 #include <algorithm>
 #include <cmath>
@@ -187,7 +188,7 @@ struct Sinkhorn {
         for (int lane = 0; lane < lanes; ++lane)
             for (int e = 0; e < n * n; ++e) {
                 const int k = lane * n * n + e;
-                out[k] = std::abs(logits[k]) <= limit ? current[e * LANES + lane] : T(0);
+                out[k] = std::abs(logits[k]) > limit ? T(0) : current[e * LANES + lane];
             }
     }
 };

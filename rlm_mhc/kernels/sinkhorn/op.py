@@ -83,7 +83,7 @@ def _backward(logits: Tensor, cotangent: Tensor, num_iters: int, eps: float) -> 
         g.mul_(columns / (columns + eps))
     g.addcmul_(columns, g.sum(0, keepdim=True), value=-1)
     limit = torch.finfo(logits.dtype).max / 4
-    return torch.where(logits.abs() <= limit, g, 0.0)
+    return torch.where(logits.abs() > limit, 0.0, g)
 
 
 def _tokens_last(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Sinkhorn-Knopp on tiles `[tokens, P, P]` inside Triton kernels, and the gradient of its iterations.
 
-README.md beside this file derives both; P is a power of two of at least n, and what is beyond n takes no part.
+README.md beside this file derives both; P is a power of two of at least n, and what is beyond n takes no part. NaN in a
+matrix makes all of its result NaN, as in the reference; `tl.max` drops NaN, which the sums after it bring back.
 """
 
 import triton
@@ -12,7 +13,7 @@ LIMIT = tl.constexpr(3.4028234663852886e38 / 4)
 @triton.jit
 def first_pair(logits, inside, EPS: tl.constexpr):
     """The outcome of the first columns, and that of the first rows."""
-    log = tl.where(inside, tl.minimum(tl.maximum(logits, -LIMIT), LIMIT), float("-inf"))
+    log = tl.where(inside, tl.clamp(logits, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL), float("-inf"))
     largest = tl.max(log, 1)
     log = log - tl.where(largest == float("-inf"), 0.0, largest)[:, None, :]
     # One after the other: the sum would swallow the logarithm where the largest logit is huge.
@@ -30,7 +31,7 @@ def first_pair(logits, inside, EPS: tl.constexpr):
 @triton.jit
 def _or_one(total):
     """The sum of a line, or 1 for a line of padding."""
-    return tl.where(total > 0, total, 1.0)
+    return tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
@@ -64,4 +65,4 @@ def sinkhorn_backward(logits, cotangent, inside, ITERS: tl.constexpr, EPS: tl.co
     if EPS > 0:
         g = g * (columns / (columns + EPS))
     g = g - columns * tl.sum(g, 1)[:, None, :]
-    return tl.where(inside & (tl.abs(logits) <= LIMIT), g, 0.0)
+    return tl.where(inside & ~(tl.abs(logits) > LIMIT), g, 0.0)
