@@ -67,8 +67,8 @@ def test_a_weight_that_is_not_finite_is_skipped_where_the_loss_or_its_gradient_i
     training = TrainConfig(batch_size=2, gradient_accumulation_steps=1, compile=False, mixed_precision="fp32")
     state = resume_train_state(params, fn.adamw_init(params), 0)
     after, metrics = make_train_step(config, training, kernels=kernels)(state, batch)
+    # Of the loss alone it is not true: PyTorch's attention on the CPU may drop NaN, but its backward does not.
     assert metrics["skipped"] == (not finite)
-    assert metrics["loss"].isfinite() == loss.isfinite()
     if not finite:
         for new, old in zip(named_leaves(after.params).values(), named_leaves(params).values(), strict=True):
             assert torch.equal(new.nan_to_num(), old.nan_to_num())

@@ -51,6 +51,22 @@ def test_columns_of_the_exact_ones_sum_to_one(case):
     assert ones_like(fn.project(raw, n, name).sum(-2))
 
 
+@given(raw_numbers([*(name for name in BIRKHOFF if name != "identity"), *TWICE[-2:]], batch=(3,)), st.integers(0, 999))
+def test_nan_makes_its_matrix_nan_and_no_other(case, entry):
+    name, n, raw = case
+    if not raw.shape[-1]:
+        return
+    raw[1, entry % raw.shape[-1]] = torch.nan
+    res, pull = torch.func.vjp(function(name, n), raw)
+    of_raw = pull(torch.randn(res.shape))[0]
+    one = torch.tensor([False, True, False])
+    assert torch.equal(res.isnan().any((-1, -2)), one)
+    assert of_raw[~one].isfinite().all()
+    assert of_raw[1].isnan().any() or raw.shape[-1] == 1  # the derivative of clamp at NaN is 0
+    if name != "kronecker":
+        assert res[1].isnan().all()
+
+
 @given(st.one_of(raw_numbers(BIRKHOFF), raw_numbers(BIRKHOFF, scale=1e38, largest=3e38)))
 def test_value_and_gradient_are_finite_for_any_finite_numbers(case):
     name, n, raw = case
