@@ -176,7 +176,7 @@ def test_a_trained_head_of_a_tied_model_is_in_its_tree_and_on_disk(make_model, t
         ),
         ({}, {f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qv"}),
     ],
-    ids=str,
+    ids=["layers_to_transform", "a pattern", "a pattern with a prefix", "defaults"],
 )
 def test_targets_are_named_as_in_llama(make_model, options, matched):
     from peft import LoraConfig, get_peft_model
