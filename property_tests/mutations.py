@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation("backward stops early", "fn/sinkhorn.py", "in reversed(tape):", "in reversed(tape[1:]):"),
     Mutation("eps left out of the backward", "fn/sinkhorn.py", "            g = g * (m / shifted)\n", "            pass\n"),
     Mutation("jvp of one axis", "fn/sinkhorn.py", "t = t - (m * t).sum(axis,", "t = t - (m * t).sum(0,"),
-    Mutation("implicit without columns", "fn/sinkhorn.py", "return g - p * (u + v.mT)", "return g - p * u"),
+    Mutation("implicit without columns", "fn/sinkhorn.py", "return (wide_g - wide * (u + v.mT)).to(g.dtype)", "return (wide_g - wide * u).to(g.dtype)"),
     Mutation("permutations not normalised", "fn/projections.py", "product(raw.softmax(-1),", "product(raw.sigmoid(),"),
     Mutation("permutations inverted", "fn/projections.py", "float(order[i] == j)", "float(order[j] == i)"),
     Mutation("kronecker with the wrong other", "fn/projections.py", "torch.sigmoid(raw), torch.sigmoid(-raw)", "torch.sigmoid(raw), torch.sigmoid(-raw) * 0.9"),

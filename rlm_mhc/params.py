@@ -250,7 +250,7 @@ def cast(params: LMParams, config: ModelConfig, compute: torch.dtype) -> LMParam
 
 
 def matrix_dtype(named: Mapping[str, Tensor], config: ModelConfig) -> torch.dtype:
-    """The dtype of a model's matrices by dotted name, mHC aside: that of most entries. Norms may have another.
+    """Return the dtype that most matrix entries have (mHC excluded); norms may differ.
 
     >>> config = ModelConfig.preset("tiny")
     >>> matrix_dtype(named_leaves(init(config, dtype=torch.bfloat16)), config)

@@ -48,7 +48,7 @@ def tree_map(f: Callable[..., Any], tree: Tree, *rest: Any) -> Any:
 
 
 def tree_rows(tree: Any, *rest: Any) -> list[tuple[Any, ...]]:
-    """The arguments that `tree_map` calls with: of each leaf of the first tree, it and those of the rest.
+    """Return for each leaf the tuple of corresponding leaves of all trees: the arguments of `tree_map`'s function.
 
     Raises:
         ValueError: as `tree_map`.
@@ -216,7 +216,7 @@ def _filled(example: Any, children: list[Any]) -> Any:
 
 
 def _difference(example: Any, tree: Any, name: str) -> str | None:
-    """The first place where the structures differ, in words; None where they are equal."""
+    """Describe the first place where the structures differ; None where they are equal."""
     place = repr(name[:-1]) if name else "the root"
     mappings = _is_mapping(example) and _is_mapping(tree)
     alike = mappings or (_is_sequence(example) and type(tree) is type(example))

@@ -26,7 +26,7 @@ FIELDS = {
 ROTARY = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 # What neither logits nor loss depend on.
-HARMLESS = (TRANSFORMERS_KEYS - {"auto_map", "quantization_config"}) | {
+HARMLESS = {
     "_attn_implementation",
     "_attn_implementation_autoset",
     "attn_implementation",
@@ -39,9 +39,9 @@ HARMLESS = (TRANSFORMERS_KEYS - {"auto_map", "quantization_config"}) | {
     "tokenizer_class",
     "transformers.js_config",
 }
-# No config class has these, and yet transformers' code for all models reads them; with the value that means nothing.
+# Keys that no config class declares but transformers' shared code reads, with their neutral values.
 UNDECLARED = {"attention_chunk_size": None, "is_causal": True, "kv_sharing_modes": None, "per_layer_config": None}
-SERVED = {*FIELDS, *ROTARY, *WINDOW, *HARMLESS, *UNDECLARED, "auto_map", "quantization_config"}
+SERVED = {*FIELDS, *ROTARY, *WINDOW, *TRANSFORMERS_KEYS, *HARMLESS, *UNDECLARED}
 
 
 def ours_from_fields(fields: Mapping[str, Any], where: str, max_seq_len: int | None = None) -> dict[str, Any]:
@@ -50,10 +50,11 @@ def ours_from_fields(fields: Mapping[str, Any], where: str, max_seq_len: int | N
     Args:
         fields: what is in it.
         where: its name, for errors.
-        max_seq_len: fewer tokens than theirs, which a sliding window may need.
+        max_seq_len: overrides `max_position_embeddings`; at most that. A sliding window may need it.
 
     Raises:
-        ValueError: on a key that is in no table, or a value that this library has nothing for.
+        ValueError: on a declared key with a value that this library does not support, or a missing key. Keys that the
+            config class does not declare pass, see `unknown_keys`.
 
     >>> fields = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, vocab_size=100)
     >>> ours_from_fields(fields | dict(model_type="llama", max_position_embeddings=128), "file")["norm_eps"]
@@ -100,7 +101,7 @@ def _require_no_code(fields: Mapping[str, Any], where: str) -> None:
 
 
 def _require_plain_weights(fields: Mapping[str, Any], where: str) -> None:
-    """A GGUF that transformers has dequantised is one whose weights have floating-point dtypes, checked elsewhere."""
+    """Raise on quantised weights; `quant_method="gguf"` passes, since transformers has dequantised those."""
     how = fields.get("quantization_config")
     if how is not None and not (isinstance(how, Mapping) and how.get("quant_method") == "gguf"):
         raise ValueError(
@@ -163,7 +164,7 @@ def theirs_from_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     kinds = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
     kind = kinds.get((config.qkv_bias, config.qk_norm))
     if kind is None:
-        raise ValueError("qkv_bias=True and qk_norm=True: no architecture of transformers has both and is a Llama else")
+        raise ValueError("qkv_bias=True and qk_norm=True: no Llama-like architecture of transformers has both")
     architecture = ARCHITECTURES[kind]
     fields = {
         "architectures": [architecture.model_class],

@@ -15,7 +15,7 @@ from rlm_mhc.validation import in_short
 
 MAGIC = b"GGUF"
 PACKAGES = ("gguf", "accelerate")
-# Names of tensors and metadata precede the weights; vocabularies are what makes them large.
+# Metadata with a vocabulary of 256k entries is below this.
 HEADER_BYTES = 1 << 26
 
 
@@ -74,7 +74,7 @@ def _require_packages(file: Path) -> None:
 
 
 def _require_default_rope(file: Path) -> None:
-    """transformers reads neither the factors nor the scaling of a rotary embedding from a GGUF file."""
+    """Raise on a scaled rotary embedding, which transformers drops when it reads a GGUF file."""
     with file.open("rb") as content:
         header = content.read(HEADER_BYTES)
     # A key is followed by the number of its type, 6 being float32, and its value.

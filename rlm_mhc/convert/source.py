@@ -53,9 +53,9 @@ class Source(NamedTuple):
 
     - `fields`: its `config.json`
     - `described`: every weight on the meta device
-    - `read`: `read(names)` gives some of the weights
+    - `read`: `read(names)` loads these weights
     - `where`: its name, for errors
-    - `accompany`: `accompany(folder)` writes what belongs to a model beside its weights and config
+    - `accompany`: `accompany(folder)` copies tokenizer, chat template, generation config and licence
     """
 
     fields: Mapping[str, Any]

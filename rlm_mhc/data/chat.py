@@ -65,8 +65,8 @@ def turns(
 ) -> tuple[list[tuple[str, bool]], bool]:
     """Cut the rendered conversation into `(text, whether the loss is on it)`, up to the last that counts.
 
-    A template with generation tags says itself what the assistant says. With any other, the assistant's part of a
-    message is what it adds to the rendering of the messages before that ends in a generation prompt.
+    Generation tags in the template mark the assistant's text. Without them, the assistant's part of a message is what
+    it adds to the rendering of the messages before that ends in a generation prompt.
 
     Args:
         tokenizer: with the chat template.
@@ -89,7 +89,7 @@ def turns(
     pieces, last = _counted(cut, messages, counted, where), 0
     for number, (text, counts) in enumerate(pieces):
         last = number if counts and text else last
-    # What tags leave out of a turn may be its end.
+    # Text after the last tag may hold the token that ends the turn.
     behind = "".join(text for text, _ in pieces[last + 1 :]).lstrip() if marked else ""
     return pieces[: last + 1], pieces[last][0].rstrip().endswith(special) or behind.startswith(special)
 
@@ -97,7 +97,7 @@ def turns(
 def _counted(
     cut: list[tuple[str, bool]], messages: list[dict[str, Any]], counted: list[bool], where: str
 ) -> list[tuple[str, bool]]:
-    """Leave out of what counts the assistant's messages that do not."""
+    """Exclude the assistant's messages of weight 0 from the loss."""
     wanted = [counts for message, counts in zip(messages, counted, strict=True) if message["role"] == "assistant"]
     if all(wanted):
         return cut

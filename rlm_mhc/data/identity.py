@@ -1,4 +1,4 @@
-"""What a source is: the content of its files in their order, whatever their names, places and times."""
+"""Fingerprint data sources by file contents in reading order, independent of names, paths and times."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from rlm_mhc.disk import checksum
 
 CHECKSUMS_FILE = "checksums.json"
 HELD_OUT = "held-out"
-# A file may change again without a new time within the resolution of the clock of a file system.
+# A file may change twice within the timestamp resolution of a file system.
 SETTLED_NANOSECONDS = 2_000_000_000
 
 

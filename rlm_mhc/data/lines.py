@@ -11,7 +11,7 @@ PIECE_BYTES = 1 << 20
 BUFFER_BYTES = 1 << 17
 # The largest window that the format has (zstd --long=31).
 LARGEST_WINDOW = 1 << 31
-# Read at once of a .zst file: a block of 4 bytes may stand for 128 KiB, so that this much becomes at most 256 MiB.
+# A block of 4 bytes may expand to 128 KiB, this much to 256 MiB.
 COMPRESSED_PIECE_BYTES = 1 << 13
 
 
@@ -40,7 +40,7 @@ def read_lines(file: str) -> Iterator[bytes | None]:
 
 
 class ZstdFrames(io.RawIOBase):
-    """Decompress the frames of a binary stream, one behind the other.
+    """Decompress concatenated zstd frames.
 
     zstandard's own `stream_reader` gives `b""` at the end of its input also inside a frame.
 
@@ -80,7 +80,7 @@ class ZstdFrames(io.RawIOBase):
         super().close()
 
     def _decompress(self) -> bytes:
-        """Decompress what is at hand, up to the end of the frame."""
+        """Decompress the buffered bytes, up to the end of the frame."""
         if self.frame is None:
             self.frame = self.decompressor.decompressobj()
         text = self.frame.decompress(self.compressed)

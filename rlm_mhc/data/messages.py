@@ -1,4 +1,4 @@
-"""Messages of a conversation: checked, in the form that chat templates take, and with what the loss counts."""
+"""Validate chat messages, normalise them for chat templates, and mark which enter the loss."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rlm_mhc.data.sources import whole_characters
 
 CHAT = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-# Names of one thing: transformers gives a message that has one of them the others too.
+# Synonyms: transformers copies one to the others.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -54,10 +54,10 @@ def unused_keys(record: dict[str, Any], template: str) -> set[str]:
 
 @lru_cache(maxsize=1024)
 def _unnamed(keys: frozenset[str], template: str) -> frozenset[str]:
-    return frozenset(key for key in keys if not _names(template, REASONING if key in REASONING else [key]))
+    return frozenset(key for key in keys if not _mentions(template, REASONING if key in REASONING else [key]))
 
 
-def _names(template: str, keys: Iterable[str]) -> bool:
+def _mentions(template: str, keys: Iterable[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", template) for key in keys)
 
 
@@ -76,8 +76,8 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], where)
     says = fields["role"] == "assistant"
     if weight is not None and (weight not in (0, 1) or (weight and not says)):
-        allowed = "0 or 1" if says else "left out, or 0: only what the assistant says is learned"
-        raise ValueError(f"{where}.weight is {weight!r}; expected it {allowed}")
+        allowed = "0 or 1" if says else "0 or no weight: only the assistant's messages enter the loss"
+        raise ValueError(f"{where}.weight is {weight!r}; expected {allowed}")
     return fields, says and weight != 0
 
 

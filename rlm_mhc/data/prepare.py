@@ -29,10 +29,9 @@ TRAIN_FILE, EVAL_FILE = "train.bin", "eval.bin"
 
 
 class Prepared(NamedTuple):
-    """Rows to train on and to evaluate on (possibly none), the tokenizer they were made with, a fingerprint of the
-    training rows: where it is the same, so is each row; the share of the lines read that were bad; the special
-    tokens that end what is to be said, where that is a part of each row only; and the fingerprint that earlier
-    versions gave these rows, by path, size and time of the files."""
+    """Training and evaluation rows (evaluation may be empty), the tokenizer, a fingerprint of the training rows, the
+    fraction of invalid lines, the tokens that end a turn (fine-tuning only), and the fingerprint that earlier versions
+    computed."""
 
     train: Rows
     evaluation: Rows

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlm_mhc.fn.linear import linear
 from rlm_mhc.fn.norm import rms_norm
 from rlm_mhc.fn.rope import rotary_embedding
+from rlm_mhc.fn.transforms import in_forward_mode
 from rlm_mhc.params import SelfAttention
 from rlm_mhc.types import RotaryTable
 
@@ -27,7 +27,7 @@ def causal_attention(
     >>> causal_attention(*[torch.ones(1, 2, 3, 4)] * 3).shape
     torch.Size([1, 2, 3, 4])
     """
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         # Inside jvp: PyTorch's fused attention has no forward-mode derivative, its plain formula has. PyTorch shows
         # the level of forward mode under no public name.
         with sdpa_kernel(SDPBackend.MATH):

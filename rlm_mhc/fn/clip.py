@@ -41,7 +41,7 @@ def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
 
 
 def _piece_norms(x: Tensor) -> list[Tensor]:
-    """The norms of pieces of a leaf, in vectors."""
+    """Return the norms of consecutive pieces of `PIECE` entries."""
     if torch.promote_types(x.dtype, torch.float32) != x.dtype:
         return [norm for chunk in x.reshape(-1).split(WIDENED_AT_ONCE) for norm in _piece_norms(widen(chunk))]
     whole = x.numel() // PIECE * PIECE

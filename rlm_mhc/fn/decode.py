@@ -17,6 +17,7 @@ from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.fn.lm import embed, head
 from rlm_mhc.fn.rope import rotary_table
+from rlm_mhc.fn.transforms import is_transformed
 from rlm_mhc.params import LMParams
 from rlm_mhc.tree import tree_map
 from rlm_mhc.types import NextLogits, PerRow, Tokens
@@ -49,7 +50,7 @@ def prefill(
             be differentiated.
 
     Raises:
-        ValueError: when there is no token, the cache has no room for s, or it is one of another model or batch.
+        ValueError: when `tokens` is empty, s exceeds the room in the cache, or the cache is of another model or batch.
 
     >>> from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
@@ -194,7 +195,6 @@ def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig) -> None:
 
 def _require_room(cache: Cache) -> None:
     # A value on another device would have to be waited for; under vmap and in a graph there is none.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    known = cache.lengths.is_cpu and not torch.compiler.is_compiling() and not wrapped(cache.lengths)
+    known = cache.lengths.is_cpu and not torch.compiler.is_compiling() and not is_transformed(cache.lengths)
     if known and bool((cache.lengths >= cache.size).any()):
         raise ValueError(f"a row holds {int(cache.lengths.max())} tokens: the cache has room for {cache.size}")

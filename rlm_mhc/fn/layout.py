@@ -1,7 +1,7 @@
-"""What raw operations assume of the memory of their tensors, and the checks and copies that make it true.
+"""Checks and copies for operations called directly (aten, fused, C++, Triton): shape, dtype, strides, aliasing.
 
-An ordinary operation of PyTorch takes tensors of any strides. A raw one reads memory as if they were what it assumes,
-so that another layout gives other numbers, and another size memory beyond the tensor.
+An ordinary operation of PyTorch takes tensors of any strides. One called directly checks neither strides nor sizes:
+another layout gives wrong numbers, another size reads out of bounds.
 
 | operation | sizes, dtype and device | memory |
 |---|---|---|
@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 ALIGNMENT = 16
-PLAIN = (Tensor, torch.nn.Parameter)  # others, of transforms or fake ones, show no memory
+WITH_MEMORY = (Tensor, torch.nn.Parameter)  # others, of transforms or fake ones, show no memory
 AnyTensor = Shaped[Tensor, "..."]
 
 
@@ -93,17 +93,17 @@ def unshared(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int, int] | None:
-    """The places of two tensors that share memory, or twice the place of one whose own entries do; None: there is none.
+    """Return the indices, into `[*written, *read]`, of two tensors that share memory; `(i, i)` if tensor i overlaps
+    itself; None if there are none.
 
-    Places count on from `written` through `read`, which may share memory among themselves. Tensors without memory
-    (meta, fake) share none.
+    Tensors of `read` may share memory with one another. Tensors without memory (meta, fake) share none.
 
     >>> x = torch.zeros(4)
     >>> overlap([x[:2], x[2:]]), overlap([x[:3], torch.zeros(2), x[2:]]), overlap([x[:1].expand(2)])
     (None, (0, 2), (0, 0))
     """
     tensors = [*written, *read]
-    places = [place for place, x in enumerate(tensors) if type(x) in PLAIN and not x.is_meta and x.numel()]
+    places = [place for place, x in enumerate(tensors) if type(x) in WITH_MEMORY and not x.is_meta and x.numel()]
     spans = sorted(_span(tensors[place], place) for place in places)
     for place in places:
         if place < len(written) and not tensors[place].is_contiguous() and _overlaps_itself(tensors[place]):
@@ -122,7 +122,7 @@ def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> tuple[int
 
 
 def _span(x: Tensor, place: int) -> tuple[int, int, int]:
-    """The addresses from the first to after the last entry, and the place."""
+    """Return (first address, end address, index)."""
     if x.is_contiguous():
         size = x.numel()
     else:
@@ -132,7 +132,7 @@ def _span(x: Tensor, place: int) -> tuple[int, int, int]:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two indices may lead to one entry: no stride passes over all that the smaller ones reach."""
+    """Return whether two indices may address one entry: some stride does not exceed the reach of the smaller ones."""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -142,7 +142,7 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def _shares(a: Tensor, b: Tensor, of_a: tuple[int, int, int], of_b: tuple[int, int, int]) -> bool:
-    """Whether tensors whose spans meet have an entry in common; columns of one matrix have not."""
+    """Return whether two tensors whose address ranges intersect share an entry; two columns of a matrix do not."""
     size = a.element_size()
     start, end = min(of_a[0], of_b[0]), max(of_a[1], of_b[1])
     if (a.is_contiguous() and b.is_contiguous()) or b.element_size() != size or (of_a[0] - of_b[0]) % size:

@@ -41,7 +41,7 @@ def loss(params: LMParams, batch: Batch, config: ModelConfig, kernels: Kernels =
 
 
 def require_pairs(batch: Batch) -> None:
-    """Refuse a batch that is not one whole-number target for each of at least one whole-number token.
+    """Check that tokens are int64 or int32, at least one, and targets int64 of the same shape.
 
     Raises:
         ValueError: naming tokens or targets, what they are and what is expected.

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rlm_mhc.fn.layout import overlap, packed, require_shape, unshared
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.transforms import in_forward_mode, in_transform, is_transformed
 from rlm_mhc.tree import named_leaves, rebuild, tree_leaves, tree_map, tree_rows
 from rlm_mhc.types import Scalar
 
@@ -26,7 +26,7 @@ class AdamWState(NamedTuple):
 
 
 class Hyperparameters(NamedTuple):
-    """What all leaves of an update share; see `adamw`."""
+    """Hyperparameters of an AdamW update; see `adamw`."""
 
     lr: float | Tensor
     betas: tuple[float, float] = (0.9, 0.95)
@@ -139,7 +139,8 @@ def adamw_leaf(
     if grad_scale is not None:
         g = g / grad_scale
     if found_inf is not None:
-        g = torch.where(found_inf > 0, 0.0, g)  # also what is not chosen below must be finite for derivatives to be
+        # The branch that `where` discards below must be finite too, or its derivative is NaN.
+        g = torch.where(found_inf > 0, 0.0, g)
     done = step.double() + 1
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g.square()
@@ -163,7 +164,7 @@ def _fused(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperpar
         kinds.setdefault((p.device, p.dtype, rate), []).append(number)
     for (device, _, rate), chosen in kinds.items():
         # A rate on the CPU is passed on as a number.
-        lr: Any = _moved(hyper.lr, device) if isinstance(hyper.lr, Tensor) and not hyper.lr.is_cpu else hyper.lr
+        lr: Any = _to_device(hyper.lr, device) if isinstance(hyper.lr, Tensor) and not hyper.lr.is_cpu else hyper.lr
         values, grads, exp_avgs, exp_avg_sqs = ([column[number] for number in chosen] for column in leaves)
         torch._fused_adamw_(
             values,
@@ -171,7 +172,7 @@ def _fused(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperpar
             exp_avgs,
             exp_avg_sqs,
             max_exp_avg_sqs=[],
-            state_steps=[_moved(step + 1, device)] * len(chosen),
+            state_steps=[_to_device(step + 1, device)] * len(chosen),
             lr=lr,
             beta1=hyper.betas[0],
             beta2=hyper.betas[1],
@@ -179,12 +180,12 @@ def _fused(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper: Hyperpar
             eps=hyper.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=_moved(hyper.grad_scale, device),
-            found_inf=_moved(hyper.found_inf, device),
+            grad_scale=_to_device(hyper.grad_scale, device),
+            found_inf=_to_device(hyper.found_inf, device),
         )
 
 
-def _moved(x: Any, device: torch.device) -> Any:
+def _to_device(x: Any, device: torch.device) -> Any:
     return None if x is None else x.to(device, non_blocking=True)
 
 
@@ -203,7 +204,7 @@ def _update_in_place(leaves: Leaves, rates: Sequence[float], step: Tensor, hyper
 
 @torch.no_grad()
 def _copied(leaves: Leaves, grads: bool) -> Leaves:
-    """Packed leaves, weights and moments in memory of their own, and gradients where asked for."""
+    """Return contiguous copies of weights and moments, and of gradients if `grads`."""
     shared = {} if grads else {"grads": [packed(g) for g in leaves.grads]}
     copies = {
         part: [x.clone(memory_format=torch.contiguous_format) for x in column]
@@ -218,18 +219,16 @@ def _packed_zeros(x: Tensor) -> Tensor:
 
 
 def _is_differentiated(inputs: Sequence[Any], donate: bool) -> bool:
-    """Whether a transform or autograd follows any input; donated inputs are not differentiated.
+    """Return whether autograd or a transform tracks any input; donated inputs are not differentiated.
 
     Under `torch.compile` that is unknown, and the formula, unlike the fused operation, can be traced.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # which PyTorch shows under no public name
+    if torch.compiler.is_compiling() or in_forward_mode():
         return True
     recorded = torch.is_grad_enabled() and not donate
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    transformed = torch._C._functorch.maybe_current_level() is not None
-    if not (recorded or transformed):
+    if not (recorded or in_transform()):
         return False
-    return any((recorded and x.requires_grad) or wrapped(x) for x in inputs if isinstance(x, Tensor))
+    return any((recorded and x.requires_grad) or is_transformed(x) for x in inputs if isinstance(x, Tensor))
 
 
 def _require_equal(leaves: Leaves, params: Any) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from rlm_mhc.fn.transforms import in_forward_mode
 
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
@@ -18,7 +19,7 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` and its derivatives of any order as without autocast.
+    """`a @ b` computed with autocast off, derivatives of any order included.
 
     Args:
         a: `[*b, m, k]` or `[k]`.
@@ -32,7 +33,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.dim() == 1:
         return product(a.unsqueeze(0), b).squeeze(-2)
-    return _apply(_Product, torch.matmul, a, b)
+    if in_forward_mode():
+        # The compiler takes no Function with a `jvp`, and torch's own nested is zero; autocast does not touch fp64.
+        return (a.double() @ b.double()).to(b.dtype)
+    with without_autocast(a.device.type):
+        # Views: see `pullback` in rlm_mhc.program.stage.
+        return _Product.apply(a.view_as(a), b.view_as(b))
 
 
 def add_product(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -48,15 +54,6 @@ def add_product(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _autocast_on(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def _apply(function: Any, plain: Any, a: Tensor, b: Tensor) -> Tensor:
-    if forward_ad._current_level >= 0:
-        # The compiler takes no Function with a `jvp`, and torch's own nested is zero; autocast does not touch fp64.
-        return plain(a.double(), b.double()).to(b.dtype)
-    with torch.autocast(a.device.type, enabled=False):
-        # Views: see `pullback` in rlm_mhc.program.stage.
-        return function.apply(a.view_as(a), b.view_as(b))
 
 
 class _Product(torch.autograd.Function):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlm_mhc.fn.norm import widen
+from rlm_mhc.fn.transforms import in_forward_mode
 from rlm_mhc.types import StreamMatrix
 
 # Of the outcomes that a backward computes again, those of so many matrices exist at once: at most `TAPE` times the
@@ -86,7 +87,7 @@ def sinkhorn_implicit(logits: StreamMatrix, *, num_iters: int = 100) -> StreamMa
     """
     if num_iters < 1:
         raise ValueError(f"num_iters={num_iters}: expected at least 1")
-    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() and in_forward_mode():
         # Dynamo would trace the forward and differentiate the iterations.
         raise RuntimeError("sinkhorn_implicit in forward mode: not under torch.compile; use sinkhorn_knopp")
     return _AtTheLimit.apply(widen(logits), num_iters)

@@ -15,7 +15,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.model.block import Block, Head, Norm, embedding_tree, norm_tree, tree_of
 from rlm_mhc.model.config import RLMConfig
-from rlm_mhc.model.pretrained import RLMPreTrainedModel
+from rlm_mhc.model.pretrained import HEADS, RLMPreTrainedModel
 from rlm_mhc.params import LMParams, weight_table
 
 # transformers renamed it in 5.24.
@@ -33,7 +33,7 @@ class RLMBackbone(RLMPreTrainedModel):
     torch.Size([1, 3, 128])
     """
 
-    optional_weights = frozenset({"lm_head.weight", "score.weight"})
+    optional_weights = HEADS
     _checkpoint_conversion_mapping: dict[str, str] = {}  # noqa: RUF012
     layers: Any
 

@@ -4,7 +4,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.model.config import RLMConfig, as_rlm_config
-from rlm_mhc.model.pretrained import RLMPreTrainedModel
+from rlm_mhc.model.pretrained import HEADS, RLMPreTrainedModel
 
 
 class RLMForSequenceClassification(GenericForSequenceClassification, RLMPreTrainedModel):
@@ -22,7 +22,7 @@ class RLMForSequenceClassification(GenericForSequenceClassification, RLMPreTrain
     torch.Size([1, 1])
     """
 
-    optional_weights = frozenset({"lm_head.weight", "score.weight"})
+    optional_weights = HEADS
 
     def __init__(self, config: RLMConfig | ModelConfig) -> None:
         super().__init__(as_rlm_config(config))

@@ -55,8 +55,8 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
         return isinstance(head, Linear) and head.weight is getattr(self.model.embed_tokens, "weight", None)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in transformers. The config says whether the head is the embedding, as it is now: peft merges a trained
-        head into a tied model. The weights carry a checksum each, in the metadata of their files."""
+        """Save as transformers does, with `tie_embeddings` set from the current head, since peft merges a trained head
+        into a tied model, and a checksum per weight in the files' metadata."""
         if isinstance(linear_tree(self.lm_head), Linear) and isinstance(self.model.tree().embed_tokens, Embedding):
             self.config.tie_embeddings = self._is_tied()
         super().save_pretrained(save_directory, is_main_process, **kwargs)
@@ -80,16 +80,8 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
         """Return logits `[b, s, v]`, and with `labels` the mean cross-entropy of each label given the tokens before it.
 
         Args:
-            input_ids: see `RLMBackbone`, as all arguments but these:
-            attention_mask: see there.
-            position_ids: see there.
-            cache: see there.
-            past_key_values: see there.
-            inputs_embeds: see there.
+            input_ids: this and all arguments not listed are those of `RLMBackbone.forward`.
             labels: `[b, s]`, the tokens themselves, which are shifted here; -100 is not counted.
-            use_cache: see there.
-            output_hidden_states: see there.
-            output_attentions: see there.
             logits_to_keep: so many of the last positions get logits, 0 for all; or their indices.
             **options: for the backbone and the loss.
 

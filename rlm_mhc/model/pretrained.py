@@ -19,6 +19,8 @@ from rlm_mhc.tree import named_leaves
 
 # Pattern of the backbone's names on disk, and their names in a model with a head.
 FROM_DISK = {f"^({'|'.join(name for name in LMParams._fields if name != 'lm_head')})": r"model.\1"}
+# Weights of the heads of these models, by their names on disk.
+HEADS = frozenset({"lm_head.weight", "score.weight"})
 
 
 class RLMPreTrainedModel(PreTrainedModel):
@@ -38,7 +40,7 @@ class RLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # peft renames the weights of adapters by it: they have the names on disk in a folder of this library.
     _checkpoint_conversion_mapping = FROM_DISK
-    # Names on disk that a folder may have without, or lack in spite of, this class having them: heads of other classes.
+    # Head weights, by their names on disk, that a folder may lack or hold in excess.
     optional_weights: frozenset[str] = frozenset()
 
     def __init__(self, config: RLMConfig | ModelConfig) -> None:

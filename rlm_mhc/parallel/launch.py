@@ -1,4 +1,4 @@
-"""What the environment says about the ranks of a run: the variables of torchrun, or of a SLURM step."""
+"""Read rank, world size and rendezvous from the variables of torchrun or of a SLURM step."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 # torchrun's own default, for a step without SLURM_JOB_ID.
 DEFAULT_PORT = 29500
 # Below the range that Linux takes ephemeral ports from.
-FIRST_PORT, PORTS = 10000, 20000
+FIRST_PORT, PORT_COUNT = 10000, 20000
 
 
 class Launch(NamedTuple):
@@ -26,9 +26,9 @@ class Launch(NamedTuple):
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read rank, world and rendezvous from torchrun's variables, else from those of a SLURM step; alone by default.
 
-    torchrun's win where both are set, so that it may run inside `srun`. `MASTER_ADDR` and `MASTER_PORT` win over the
-    first host of the step's node list and a port derived from the job's number. A batch script, or a shell of `salloc`,
-    is no step: what it starts without `srun` is alone.
+    torchrun's variables take precedence, so that it may run inside `srun`. `MASTER_ADDR` and `MASTER_PORT` override
+    the first host of the step's node list and a port derived from the job's number. Without `srun`, a batch script or
+    an `salloc` shell runs one process.
 
     Raises:
         ValueError: when `WORLD_SIZE` is above 1 and no variable says which of them this process is, or a variable is
@@ -118,7 +118,7 @@ def _of_slurm(environ: Mapping[str, str]) -> Launch:
     names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
     hosts = next((environ[name] for name in names if environ.get(name)), "")
     job, step = _number(environ, "SLURM_JOB_ID", -1), _number(environ, "SLURM_STEP_ID", 0)
-    port = FIRST_PORT + (job + 1009 * step) % PORTS if job >= 0 else DEFAULT_PORT
+    port = FIRST_PORT + (job + 1009 * step) % PORT_COUNT if job >= 0 else DEFAULT_PORT
     nodes = max(1, sum(1 for _ in expand_hosts(hosts)))
     return Launch(
         _number(environ, "SLURM_PROCID"),

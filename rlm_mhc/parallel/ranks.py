@@ -45,8 +45,8 @@ ALONE = Ranks()
 def find_ranks() -> Ranks:
     """Meet the other ranks at the rendezvous that the environment names; alone, start nothing.
 
-    The store of an elastic restart still holds the messages of the attempts before. What the ranks write goes under a
-    name that they agree on here, and that no earlier attempt had.
+    The store of an elastic restart still holds the messages of earlier attempts, so keys get a prefix that the ranks
+    agree on here and that no earlier attempt used.
 
     Raises:
         ValueError: as `read_launch` does; when the ranks do not all come within two minutes.
@@ -58,32 +58,32 @@ def find_ranks() -> Ranks:
         store, rank, world = next(dist.rendezvous(_url(launch), timeout=RENDEZVOUS_TIMEOUT))
         attempt = f"rlm_mhc/{name_attempt(store, rank, world, RENDEZVOUS_TIMEOUT)}"
     except RuntimeError as error:
-        raise ValueError(_absent(launch, error)) from None
+        raise ValueError(_rendezvous_error(launch, error)) from None
     return Ranks(rank, world, launch.local, dist.PrefixStore(attempt, store), partial(_connect, launch, attempt))
 
 
 def name_attempt(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
     """Return a new name that all ranks that call this now agree on, whatever earlier calls left in the store.
 
-    Rank 0 draws the name and confirms the sign that each other rank drew for itself. A name of an earlier attempt is
+    Rank 0 draws the name and confirms the nonce that each other rank drew for itself. A name of an earlier attempt is
     confirmed for the signs of that attempt only. `TORCHELASTIC_RESTART_COUNT` would not do: where one machine of
     several fails, it counts there alone.
 
     Raises:
         RuntimeError: when a rank does not come within `timeout`.
     """
-    sign = uuid.uuid4().hex
+    nonce = uuid.uuid4().hex
     if rank == 0:
-        store.set("rlm_mhc/attempt", sign)
-        store.wait([f"{sign}/{other}" for other in range(1, world)], timeout)
-        store.set(f"{sign}/all", " ".join(store.get(f"{sign}/{other}").decode() for other in range(1, world)))
-        return sign
+        store.set("rlm_mhc/attempt", nonce)
+        store.wait([f"{nonce}/{other}" for other in range(1, world)], timeout)
+        store.set(f"{nonce}/all", " ".join(store.get(f"{nonce}/{other}").decode() for other in range(1, world)))
+        return nonce
     store.wait(["rlm_mhc/attempt"], timeout)
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         name = store.get("rlm_mhc/attempt").decode()
-        store.set(f"{name}/{rank}", sign)
-        if store.check([f"{name}/all"]) and sign in store.get(f"{name}/all").decode().split():
+        store.set(f"{name}/{rank}", nonce)
+        if store.check([f"{name}/all"]) and nonce in store.get(f"{name}/all").decode().split():
             return name
         time.sleep(SECONDS_BETWEEN_LOOKS)
     raise RuntimeError("another rank did not come")
@@ -101,7 +101,7 @@ def _connect(launch: Launch, attempt: str, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(attempt, dist.TCPStore(launch.address, launch.port, timeout=timeout))
 
 
-def _absent(launch: Launch, error: RuntimeError) -> str:
+def _rendezvous_error(launch: Launch, error: RuntimeError) -> str:
     """Say what to do about ranks that did not meet."""
     reason = " ".join(str(error).split())[:200]
     remedy = (

@@ -39,7 +39,7 @@ def watch_ranks(ranks: Ranks, *, dead_after: float = DEAD_AFTER_SECONDS, beat: f
         yield
     except BaseException as error:
         if _lost_a_peer(error):
-            # It knows who it was, soon. torchrun names the first to fail by itself, and waits to start them all again.
+            # Wait until the watch knows which rank died; torchrun reports that itself, and restarts sooner.
             watch.wait(3 * beat + (0 if "TORCHELASTIC_RUN_ID" in os.environ else dead_after))
         watch.stop(f"failed: {' '.join(str(error).split()) or type(error).__name__}")
         time.sleep(2 * beat)  # the store may live in this process: the others are to read that first

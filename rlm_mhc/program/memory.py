@@ -74,7 +74,7 @@ def count_activations(
     embedding = 4 * config.vocab_size * config.hidden_dim
     if not embedding_trained:
         matrix = embedding = 0
-    # Uncompiled, the loss holds logits, their logarithms, and the cotangents of both at once, the norm its input twice.
+    # Uncompiled: logits, log-probabilities and both cotangents are live at once; the norm holds its input twice.
     head = state + 4 * logits if compiled else 2 * (state + wide) + 16 * logits
     return Activations(kept, head + matrix, max(backward, state + embedding))
 

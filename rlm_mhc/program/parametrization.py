@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.fn.lora import LoraParams, lora_decay_mask, lora_merge_layer, lora_pull_layer, lora_reads
+from rlm_mhc.fn.transforms import is_transformed
 from rlm_mhc.params import Layer, LMParams
 from rlm_mhc.tree import tree_map
 
@@ -46,6 +46,6 @@ def constant(x: Tensor) -> Tensor:
     Raises:
         ValueError: under a transform of `torch.func`, which would find nothing to differentiate.
     """
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_transformed(x):
         raise ValueError("a train step cannot be transformed by torch.func: differentiate fn.loss and fn.adamw")
     return x.detach() if x.requires_grad else x

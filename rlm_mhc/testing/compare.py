@@ -9,8 +9,8 @@ from rlm_mhc.tree import named_leaves
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
-# Of two orders of the same sums either may be the more accurate by chance, most in leaves of few entries: with FACTOR
-# and ROUNDINGS the worst of 2,500 random models uses 0.8 of what is allowed. Half precision is summed in float32.
+# Either of two summation orders may be more accurate by chance, most in leaves of few entries: with FACTOR and
+# ROUNDINGS the worst of 2,500 random models uses 0.8 of what is allowed. Half precision is summed in float32.
 FACTOR, SHARE = 4.0, 1e-2
 ROUNDINGS = {torch.float64: 32, torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
 
@@ -25,7 +25,7 @@ def largest_difference(actual: Tensor, expected: Tensor, scale: float | None = N
 
 
 def _leaves(tree: Any, like: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Leaves of both trees by name: of the same names and shapes, those without rounding (numbers of tokens) equal."""
+    """Return both trees' leaves by name; check names, shapes and integers."""
     ours, theirs = named_leaves(tree), named_leaves(like)
     assert ours.keys() == theirs.keys(), f"other names: {sorted(ours.keys() ^ theirs.keys())}"
     for name, leaf in ours.items():
@@ -38,7 +38,7 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, floor: floa
     """Same names and shapes, and every leaf within `tolerance` of its largest entry (at least `floor`).
 
     A floor is for leaves that are zero by symmetry and hold only rounding: give the size of their neighbours.
-    What computes in float32 or less differs by CPU: compare it with `assert_as_accurate`.
+    Results in float32 or lower depend on the CPU: compare them with `assert_as_accurate`.
 
     Raises:
         AssertionError: naming the first leaf that differs, and by how much.

@@ -1,4 +1,4 @@
-"""stdout and stderr that no write ends the program: not on a full disk, a closed pipe, or in a narrow encoding."""
+"""stdout/stderr wrappers that ignore write errors (full disk, closed pipe) and escape what an encoding lacks."""
 
 import os
 import re
@@ -64,7 +64,7 @@ def visible(text: str) -> str:
 
 
 def _escape(stream: TextIO) -> None:
-    """For those who hold the stream itself, as handlers of logging do."""
+    """Escape on the stream too: logging handlers hold it directly."""
     if getattr(stream, "errors", None) == "strict":
         with suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]

@@ -112,7 +112,7 @@ def epoch_lines(training: TrainConfig, sequences: int, world: int = 1) -> tuple[
     lines = [f"epochs       {drawn / max(sequences, 1):,.1f}: {drawn:,} sequences are drawn from {sequences:,}"]
     if drawn > USEFUL_EPOCHS * sequences:
         lines.append(
-            f"warning      more than {USEFUL_EPOCHS} epochs only overfit; lower training.max_steps or add data"
+            f"warning      more than {USEFUL_EPOCHS} epochs hardly lower the loss; lower training.max_steps or add data"
         )
     return tuple(lines)
 
@@ -158,8 +158,8 @@ def _memory(
         compiled=training.compile,
     )
     if lora:
-        # A layer merged and its gradients in fp32; while it is evaluated, all layers merged. What a checkpoint is
-        # written from is merged as well, and lies there while steps and evaluations go on.
+        # A step holds one merged layer and its fp32 gradients, an evaluation all merged layers. A checkpoint is written
+        # from a merged copy that is live during both.
         layer = init(config.replace(num_layers=1), device="meta", dtype=compute).layers[0]
         at_once = max(activations.head, activations.layer + size_bytes(layer) + 4 * size(layer))
         merged = config.num_layers * size_bytes(layer)
@@ -172,7 +172,7 @@ def _memory(
 
 
 def _host_lines(config: ModelConfig, lora: LoraConfig | None, device: torch.device) -> list[str]:
-    """What a checkpoint of a CUDA device takes of the host: a copy of the state, at most."""
+    """Return the plan's line on host memory: a checkpoint of a CUDA device copies the state there."""
     if device.type != "cuda":
         return []
     copied, free = 12 * (_adapted(config, lora) if lora else count(config)), available_bytes(torch.device("cpu"))

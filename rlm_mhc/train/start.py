@@ -125,7 +125,7 @@ def load_state(run: RunConfig, checkpoint: Path, device: torch.device, *, verify
 
 
 def _described(trained: Any) -> Any:
-    """A tree on the meta device: moments that are only compared with should take no memory beside those loaded."""
+    """Move a tree to the meta device: a template for loading needs no memory."""
     return tree_map(lambda leaf: leaf.to("meta"), trained)
 
 
@@ -245,5 +245,8 @@ def _loss_scale(run: RunConfig, saved: dict[str, Any], device: torch.device) -> 
     written = saved["loss_scale"]
     restored = restore_loss_scale(written["scale"], written["good_steps"], device)
     if restored.scale != written["scale"]:
-        print(f"             its loss scale of {written['scale']:g} is out of range and starts anew", flush=True)
+        print(
+            f"             its loss scale of {written['scale']:g} is out of range: reset to {restored.scale:g}",
+            flush=True,
+        )
     return restored

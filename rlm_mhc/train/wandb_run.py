@@ -83,10 +83,10 @@ def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
 
 
 def _mode() -> str:
-    """Return `WANDB_MODE`, which wandb would read for itself, in one of its words.
+    """Return `WANDB_MODE` as wandb validates it, `online` by default.
 
     Raises:
-        ValueError: on another one.
+        ValueError: on another value.
     """
     import wandb
 
