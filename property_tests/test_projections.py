@@ -12,7 +12,7 @@ from rlm_mhc.testing.strategies import BIRKHOFF, raw_numbers
 from rlm_mhc.variants import PROJECTIONS
 
 EXACT = [name for name in BIRKHOFF if name != "sinkhorn"]
-TWICE = [*BIRKHOFF, "unconstrained", "sinkhorn with eps", "sinkhorn at its limit"]
+TWICE = [*BIRKHOFF, "unconstrained", "sinkhorn with eps", "sinkhorn of two iterations", "sinkhorn at its limit"]
 
 
 def ones_like(sums):
@@ -23,6 +23,8 @@ def function(name, n):
     """One of `TWICE`, of raw numbers."""
     if name == "sinkhorn with eps":
         return partial(fn.project, n=n, eps=1e-3)
+    if name == "sinkhorn of two iterations":
+        return partial(fn.project, n=n, num_iters=2)
     if name == "sinkhorn at its limit":
         return lambda raw: fn.sinkhorn_implicit(raw.unflatten(-1, (n, n)), num_iters=400)
     return partial(fn.project, n=n, projection=name)
