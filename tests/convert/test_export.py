@@ -10,8 +10,13 @@ import rlm_mhc
 from rlm_mhc import fn
 from rlm_mhc.convert import from_llama, to_llama, upcycle
 from rlm_mhc.convert.gates import closed_specs
+<<<<<<< HEAD
 from rlm_mhc.testing import random_batch, small_config
 from rlm_mhc.testing.models import disturbed
+=======
+from rlm_mhc.testing import largest_difference, random_batch, small_config
+from rlm_mhc.testing.models import disturbed, with_entry
+>>>>>>> nan
 from rlm_mhc.tree import map_named, named_leaves, tree_map
 
 
@@ -100,8 +105,9 @@ def test_a_model_that_was_trained_is_no_llama(theirs, tmp_path):
 def test_gates_that_are_not_numbers_are_refused(tmp_path):
     config = small_config()
     for leaf in ("phi", "alpha", "bias"):
-        params = map_named(lambda name, w, leaf=leaf: w * torch.nan if name.endswith(leaf) else w, closed(config))
-        with pytest.raises(ValueError, match=r"layers\.0\.attn_mhc"):
+        # One of them alone, the last: of phi and alpha that of `res`.
+        params = with_entry(closed(config), f"layers.1.mlp_mhc.{leaf}", -1, torch.nan)
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp_mhc"):
             to_llama(params, tmp_path / "theirs", config=config)
 
 
