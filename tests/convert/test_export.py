@@ -10,13 +10,8 @@ import rlm_mhc
 from rlm_mhc import fn
 from rlm_mhc.convert import from_llama, to_llama, upcycle
 from rlm_mhc.convert.gates import closed_specs
-<<<<<<< HEAD
 from rlm_mhc.testing import random_batch, small_config
-from rlm_mhc.testing.models import disturbed
-=======
-from rlm_mhc.testing import largest_difference, random_batch, small_config
 from rlm_mhc.testing.models import disturbed, with_entry
->>>>>>> nan
 from rlm_mhc.tree import map_named, named_leaves, tree_map
 
 
