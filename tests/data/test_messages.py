@@ -26,12 +26,12 @@ def test_weights_say_which_of_the_assistants_messages_count(weight, counted):
 
 @pytest.mark.parametrize("weight", [0.5, -1, 2, "1", [], [1]])
 def test_other_weights_are_refused(weight):
-    with pytest.raises(ValueError, match=r"line 1: messages\[1\]\.weight is .*; expected it 0 or 1"):
+    with pytest.raises(ValueError, match=r"line 1: messages\[1\]\.weight is .*; expected 0 or 1"):
         read(ASK, {**YES, "weight": weight})
 
 
 def test_weights_that_have_no_effect_are_refused():
-    with pytest.raises(ValueError, match=r"messages\[0\]\.weight is 1; expected it left out, or 0"):
+    with pytest.raises(ValueError, match=r"messages\[0\]\.weight is 1; expected 0 or no weight"):
         read({**ASK, "weight": 1}, YES)
     with pytest.raises(ValueError, match=r"line 1: every message of the assistant has weight 0"):
         read(ASK, {**YES, "weight": 0})
