@@ -65,4 +65,4 @@ def main(run: ConvertConfig) -> None:
 
 
 if __name__ == "__main__":
-    command(ConvertConfig, __file__, main, texts=["source"])  # names of downloads have spaces and brackets
+    command(ConvertConfig, __file__, main)

@@ -109,6 +109,8 @@ def prepare_examples(
     if not ends:
         say("warning      no special token that ends an example is learned, so generation will not stop by itself")
     fingerprint, before = (digest([name, train.total]) for name in (key, former))
+    if meta["ended"]:  # earlier versions appended no end of text: their rows were others
+        before = ""
     return Prepared(train, evaluation, tokenizer, fingerprint, bad_share(meta), ends, before)
 
 

@@ -5,7 +5,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rlm_mhc.data.chat import turns
-from rlm_mhc.data.messages import CHAT, conversation, unused_keys
+from rlm_mhc.data.messages import CHAT, conversation, takes_objects, unused_keys
 from rlm_mhc.data.sources import BadLines, Parse, record_source, string_field
 from rlm_mhc.data.tokenizer import special_tokens
 
@@ -83,10 +83,10 @@ def chat_parse(tokenizer: Any) -> Parse:
     A message of the assistant with weight 0 does not count. A record's `tools`, where it has some, go to the template
     too. Where the template ends the last turn with no special token, end of text follows it, and counts.
     """
-    special = tuple(special_tokens(tokenizer))
+    special, objects = tuple(special_tokens(tokenizer)), takes_objects(tokenizer)
 
     def read(record: dict[str, Any], where: str) -> Example:
-        messages, counted, tools = conversation(record, where, ONE_FORMAT)
+        messages, counted, tools = conversation(record, where, ONE_FORMAT, objects=objects)
         parts, closed = turns(tokenizer, messages, counted, tools, special, where)
         unused = unused_keys(record, tokenizer.get_chat_template(tools=tools))
         return Example(_segments(parts, special), True, where, closed, frozenset(unused))

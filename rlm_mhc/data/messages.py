@@ -10,6 +10,7 @@ from rlm_mhc.data.sources import whole_characters
 
 CHAT = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 # Synonyms: transformers copies one to the others.
+ARGUMENTS = '{"key": "value"}'
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -21,11 +22,11 @@ class Conversation(NamedTuple):
     tools: list[Any] | None
 
 
-def conversation(record: dict[str, Any], where: str, remedy: str) -> Conversation:
+def conversation(record: dict[str, Any], where: str, remedy: str, *, objects: bool = True) -> Conversation:
     """Return the conversation in a record, as OpenAI's fine-tuning format has it, or as transformers takes it.
 
     A key that is null counts as missing. The text parts of a content become one text, and the arguments of a tool call
-    an object.
+    an object or, without `objects`, a JSON string; see `takes_objects`.
 
     Raises:
         ValueError: beginning with `where`, when it holds none; `remedy` is for records without messages.
@@ -36,12 +37,25 @@ def conversation(record: dict[str, Any], where: str, remedy: str) -> Conversatio
         raise ValueError(f"{where}: no field 'messages' (fields: {fields}); {remedy}")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: field 'messages' is no list of messages; expected {CHAT}")
-    clean = [_message(message, f"{where}: messages[{number}]") for number, message in enumerate(messages)]
+    clean = [_message(message, f"{where}: messages[{number}]", objects) for number, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message, _ in clean):
         raise ValueError(f"{where}: no message has the role 'assistant', so there is nothing to learn")
     if not any(counted for _, counted in clean):
         raise ValueError(f"{where}: every message of the assistant has weight 0, so there is nothing to learn")
     return Conversation([message for message, _ in clean], [counted for _, counted in clean], _tools(record, where))
+
+
+def takes_objects(tokenizer: Any) -> bool:
+    """Return whether the chat template needs the arguments of tool calls as objects.
+
+    A template that applies `tojson` to them would write a string in a string; one that joins texts needs the string.
+    """
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        return ARGUMENTS not in tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # templates raise what they like
+        return True
 
 
 def unused_keys(record: dict[str, Any], template: str) -> set[str]:
@@ -61,7 +75,7 @@ def _mentions(template: str, keys: Iterable[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(key)}(?!\w)", template) for key in keys)
 
 
-def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
+def _message(message: Any, where: str, objects: bool) -> tuple[dict[str, Any], bool]:
     """Return a message as a template takes it, and whether the loss counts it."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where} has no string 'role' and 'content'; expected {CHAT}")
@@ -73,7 +87,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
     elif not isinstance(content, str) and not (content is None and fields.get("tool_calls")):
         raise ValueError(f"{where} has no string 'role' and 'content'; expected {CHAT}")
     if "tool_calls" in fields:
-        fields["tool_calls"] = _tool_calls(fields["tool_calls"], where)
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], where, objects)
     says = fields["role"] == "assistant"
     if weight is not None and (weight not in (0, 1) or (weight and not says)):
         allowed = "0 or 1" if says else "0 or no weight: only the assistant's messages enter the loss"
@@ -90,25 +104,33 @@ def _joined(parts: list[Any], where: str) -> str:
     return " ".join(part["text"] for part in parts)
 
 
-def _tool_calls(calls: Any, where: str) -> list[Any]:
-    """Parse arguments that are JSON in a string: a template would write them as a string in a string."""
+def _tool_calls(calls: Any, where: str, objects: bool) -> list[Any]:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{where}.tool_calls is no list of objects")
-    return [_tool_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
+    return [_tool_call(call, f"{where}.tool_calls[{number}]", objects) for number, call in enumerate(calls)]
 
 
-def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+def _tool_call(call: dict[str, Any], where: str, objects: bool) -> dict[str, Any]:
     function = call.get("function", call)
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict) or function.get("arguments") is None:
         return call
+    given = function["arguments"]
+    if isinstance(given, str):
+        wanted = _parsed(given, where) if objects else given
+    else:
+        wanted = given if objects else json.dumps(given, ensure_ascii=False)
+    changed = {**function, "arguments": wanted}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _parsed(arguments: str, where: str) -> dict[str, Any]:
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        parsed = json.loads(arguments or "{}")
     except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{where}: its arguments are {function['arguments'][:60]!r}; expected a JSON object")
-    parsed = {**function, "arguments": _clean(arguments)}
-    return {**call, "function": parsed} if "function" in call else parsed
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{where}: its arguments are {arguments[:60]!r}; expected a JSON object")
+    return _clean(parsed)
 
 
 def _tools(record: dict[str, Any], where: str) -> list[Any] | None:

@@ -141,8 +141,13 @@ class RLMBackbone(RLMPreTrainedModel):
 
     def _require_fit(self, seen: Any, count: int, position_ids: Tensor | None) -> None:
         """Compare the last position with `max_seq_len`. A row of packed documents may be longer: its positions are
-        not. In a compiled graph, which grows no cache, the length of the cache is a tensor and is not compared."""
+        not. In a compiled graph, which grows no cache, the length of the cache is a tensor and is not compared; nor
+        are positions on another device, for which each step would wait, unless the tokens alone are too many."""
         limit = self.config.max_position_embeddings
         total = count + seen if isinstance(seen, int) else count
-        if total > limit and (position_ids is None or int(position_ids.max()) >= limit):
+        if position_ids is not None and not torch.compiler.is_compiling() and (position_ids.is_cpu or total > limit):
+            total = int(position_ids.max()) + 1
+        elif position_ids is not None:
+            return
+        if total > limit:
             raise ValueError(f"sequence of {total} tokens: longer than max_seq_len={limit} of the model")

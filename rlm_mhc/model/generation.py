@@ -18,9 +18,27 @@ class BoundedGeneration:
     config: Any
     generation_config: Any
 
-    def _prepare_generated_length(self, generation_config: Any, *args: Any, **options: Any) -> Any:
-        prepared = super()._prepare_generated_length(generation_config, *args, **options)  # type: ignore[misc]
-        self._require_room(prepared.max_length, "max_length" if prepared.max_new_tokens is None else "max_new_tokens")
+    def _prepare_generated_length(
+        self,
+        generation_config: Any,
+        has_default_max_length: bool,
+        has_default_min_length: bool,
+        model_input_name: str,
+        input_ids_length: int,
+        inputs_tensor: Any,
+    ) -> Any:
+        prepared = super()._prepare_generated_length(  # type: ignore[misc]
+            generation_config,
+            has_default_max_length,
+            has_default_min_length,
+            model_input_name,
+            input_ids_length,
+            inputs_tensor,
+        )
+        # `max_length` counts tokens, and those of a prompt that is given as embeddings only where ids are given too.
+        embedded = inputs_tensor.shape[1] if model_input_name == "inputs_embeds" else input_ids_length
+        total = prepared.max_length + embedded - input_ids_length
+        self._require_room(total, "max_length" if prepared.max_new_tokens is None else "max_new_tokens")
         return prepared
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:

@@ -392,6 +392,15 @@ def test_tool_calls_are_rendered_as_objects(tmp_path, tokenizer, arguments, tagg
     assert tokenizer.decode(data.train.inputs_and_targets(0)[0]).startswith('[{"type": "function"')
 
 
+@pytest.mark.parametrize("arguments", ['{"n": "é"}', {"n": "é"}])
+def test_a_template_that_joins_texts_gets_the_arguments_as_a_string(tmp_path, tokenizer, arguments):
+    tokenizer.chat_template = TOOLS.replace("call.function.arguments | tojson", "call.function.arguments")
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    chat = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    data = prepared(tmp_path, [{"messages": chat}], chat_parse(tokenizer), tokenizer, length=256, strict=True)
+    assert counted_texts(data.train, tokenizer) == [['look{"n": "é"}<|im_end|>']]
+
+
 def test_keys_without_effect_are_named_once_also_of_reused_tokens(tmp_path, tokenizer):
     tokenizer.chat_template = PLAIN
     records = [{"messages": [{**message, "loss": 1} for message in CHAT], "id": i} for i in range(3)]

@@ -34,6 +34,17 @@ def test_more_tokens_than_the_longest_sequence_are_refused_before_the_first(make
     assert not calls
 
 
+@pytest.mark.parametrize("ids", [None, 9], ids=["embeddings alone", "ids too"])
+def test_a_prompt_of_embeddings_counts_as_well(make_model, tokens, ids):
+    model = make_model()
+    prompt = dict(inputs_embeds=model.get_input_embeddings()(tokens), pad_token_id=0, eos_token_id=None)
+    if ids is not None:
+        prompt["input_ids"] = tokens
+    with pytest.raises(LengthError):
+        model.generate(**prompt, max_new_tokens=LIMIT - 9 + 1)
+    assert model.generate(**prompt, max_new_tokens=2).shape == (2, 2 if ids is None else 11)
+
+
 def test_as_many_as_the_longest_sequence_has_are_generated(make_model, tokens):
     assert make_model().generate(tokens, max_new_tokens=LIMIT - 9, eos_token_id=None).shape == (2, LIMIT)
 
@@ -55,6 +66,8 @@ def test_a_forward_beyond_the_longest_sequence_is_refused_with_and_without_a_cac
     cache = model(row).past_key_values
     with pytest.raises(ValueError, match="sequence of 65 tokens"):
         model(tokens[:1, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="sequence of 65 tokens"):
+        model(tokens[:1, :1], past_key_values=cache, position_ids=torch.tensor([[LIMIT]]))
     with pytest.raises(ValueError, match="sequence of 65 tokens"):
         model(torch.cat([row, row[:, :1]], 1))
 
