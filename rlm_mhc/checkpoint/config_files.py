@@ -94,10 +94,24 @@ def load_config(folder: Path) -> ModelConfig:
     return first
 
 
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Return the contents of a folder's `config.json`, or an empty dict where there is none.
+
+    Raises:
+        ValueError: when it is no JSON object.
+    """
+    file = folder / CONFIG_FILE
+    return read_json(file, LARGEST_CONFIG_BYTES) if file.is_file() else {}
+
+
+def special_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids of special tokens in a `config.json`, by name."""
+    return {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
+
+
 def quantization(folder: Path) -> Any:
     """Return the `quantization_config` in a folder's `config.json`; None where its weights are not quantised."""
-    file = folder / CONFIG_FILE
-    return read_json(file, LARGEST_CONFIG_BYTES).get("quantization_config") if file.is_file() else None
+    return read_fields(folder).get("quantization_config")
 
 
 def write_config_files(
@@ -154,7 +168,7 @@ def load_generation_config(folder: Path) -> dict[str, Any]:
     file = next((folder / name for name in (GENERATION_FILE, CONFIG_FILE) if (folder / name).is_file()), None)
     fields = read_json(file, LARGEST_CONFIG_BYTES) if file is not None else {}
     if file is not None and file.name == CONFIG_FILE:
-        fields = {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
+        fields = special_tokens(fields)
     if not all(type(token) is int and token >= 0 for token in stop_tokens(fields)):
         raise ValueError(
             f"{file}: eos_token_id={fields['eos_token_id']!r}: expected the id of a token, or a list of ids"

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rlm_mhc.checkpoint.config_files import CONFIG_FILE, load_config
+from rlm_mhc.checkpoint.config_files import CONFIG_FILE, load_config, special_tokens
 from rlm_mhc.checkpoint.shards import SHARD_BYTES, write_shards
 from rlm_mhc.checkpoint.weights import dtype_name, require_fit
 from rlm_mhc.config import ModelConfig
@@ -17,7 +17,6 @@ from rlm_mhc.convert.source import (
     folder_source,
     held_tensors,
     renamed,
-    special_tokens,
 )
 from rlm_mhc.disk import new_folder
 from rlm_mhc.params import LMParams, matrix_dtype, weight_table

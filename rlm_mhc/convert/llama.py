@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlm_mhc.checkpoint.config_files import write_config_files
+from rlm_mhc.checkpoint.config_files import special_tokens, write_config_files
 from rlm_mhc.checkpoint.shards import SHARD_BYTES, Read, write_shards
 from rlm_mhc.checkpoint.weights import dtype_name, require_fit
 from rlm_mhc.config import ModelConfig
@@ -17,7 +17,7 @@ from rlm_mhc.convert.fields import ours_from_fields, unknown_keys
 from rlm_mhc.convert.gates import closed_specs
 from rlm_mhc.convert.layouts import Architecture, architecture_of, ours_from_names, theirs_from_names
 from rlm_mhc.convert.plain import require_plain_start
-from rlm_mhc.convert.source import Source, renamed, sampling_options, source_of, special_tokens
+from rlm_mhc.convert.source import Source, renamed, sampling_options, source_of
 from rlm_mhc.disk import new_folder
 from rlm_mhc.params import LMParams, matrix_dtype, weight_table
 from rlm_mhc.params import names as weight_names

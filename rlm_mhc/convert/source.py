@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.checkpoint.config_files import (
-    CONFIG_FILE,
     GENERATION_FILE,
-    LARGEST_CONFIG_BYTES,
-    SPECIAL_TOKENS,
     TRANSFORMERS_KEYS,
-    read_json,
+    read_fields,
+    special_tokens,
 )
 from rlm_mhc.checkpoint.shards import Read, stored_tensors
 from rlm_mhc.checkpoint.weights import INDEX_FILE, WEIGHTS_FILE
@@ -94,16 +92,6 @@ def folder_source(folder: Path) -> Source:
     return Source(read_fields(folder), *stored_tensors(folder), str(folder), companions)
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
-    """Return the contents of a folder's `config.json`, or an empty dict where there is none.
-
-    Raises:
-        ValueError: when it is no JSON object.
-    """
-    file = folder / CONFIG_FILE
-    return read_json(file, LARGEST_CONFIG_BYTES) if file.is_file() else {}
-
-
 def held_tensors(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Read]:
     """Tensors in memory, described on the meta device, and `read(names)` for copies of some of them."""
 
@@ -146,11 +134,6 @@ def sampling_options(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     names = set(GenerationConfig().to_dict()) - TRANSFORMERS_KEYS
     return {name: value for name, value in fields.items() if name in names and value is not None}
-
-
-def special_tokens(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ids of special tokens in a `config.json`, by name."""
-    return {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
 
 
 def _module_source(model: Any, where: str) -> Source:

@@ -59,7 +59,7 @@ class RLMBackbone(RLMPreTrainedModel):
         return list(self.layers)[: self.config.num_hidden_layers]
 
     def _outer(self) -> LMParams:
-        """Return all weights but those of the layers."""
+        """Return the weights outside the layers."""
         head_mhc = tree_of(self.head_mhc, Head) if hasattr(self, "head_mhc") else ()
         return LMParams(embedding_tree(self.embed_tokens), (), norm_tree(self.norm), (), head_mhc)
 
