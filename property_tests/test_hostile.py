@@ -191,8 +191,9 @@ def test_a_line_nested_too_deep_is_a_bad_line(tmp_path, depth):
     file.write_text("".join(f'{{"messages": [{said}}}]}}\n' for said in (nested, message)))
     bad = BadLines(strict=False, max_fraction=1.0)
     assert len(list(record_source(str(file), chat_parse(Tokenizer())).read(bad))) + bad.bad == 2
-    # From Python 3.12 on, 600 are not too deep.
-    assert bad.first.startswith(f"{file}, line 1: nested too deep") or (depth == 600 and not bad.bad)
+    # How deep JSON may nest depends on the interpreter and its stack: 600 may be read, and are no tool calls then.
+    reasons = ("nested too deep", "messages[0].tool_calls") if depth == 600 else ("nested too deep",)
+    assert bad.first.startswith(tuple(f"{file}, line 1: {reason}" for reason in reasons))
 
 
 def tree_of_module(folder, verify):
