@@ -36,11 +36,11 @@ from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token
 from rlm_mhc.tree import tree_map
-from rlm_mhc.validation import at_least, check, location, one_of, section
+from rlm_mhc.validation import at_least, check, location, one_of, section, some_of
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OTHERS = ("decode", "kernels")
-REMATS, FUSED = ("none", "mhc", "full"), "mHC, Triton kernels"
+FUSED = "mHC, Triton kernels"
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 5}
 MIB = 1 << 20
 
@@ -54,6 +54,7 @@ class BenchmarkConfig:
     batch_size: int = at_least(1, 4)
     mixed_precision: str = one_of("auto", "fp32", "bf16", "fp16")
     rounds: int = at_least(1, 15)
+    remats: tuple[str, ...] = some_of("none", "mhc", "full")
     first_step: bool = True
     only_first_step: bool = False
     device: str = one_of("auto", "cpu", "cuda")
@@ -144,10 +145,10 @@ def subjects(run: BenchmarkConfig, batch: fn.Batch, device: torch.device) -> lis
     )
     plain = run.model.replace(mhc_enabled=False)
     found = [
-        *(Subject(f"mHC, remat={remat}", program(run, batch, True, remat), with_mhc) for remat in REMATS),
+        *(Subject(f"mHC, remat={remat}", program(run, batch, True, remat), with_mhc) for remat in run.remats),
         *(
             Subject(f"{FUSED}, remat={remat}", program(run, batch, True, remat, TRITON), with_mhc)
-            for remat in (REMATS if fused else ())
+            for remat in (run.remats if fused else ())
         ),
         Subject("no mHC", program(run, batch, False, "none"), without),
         Subject("transformers Llama, compiled", module(run, batch, lambda: torch.compile(Loss(llama(plain)))), without),
@@ -220,9 +221,10 @@ def report(run: BenchmarkConfig, found: list[Subject], device: torch.device) -> 
     bandwidth = copy_bandwidth(device)
     tokens = run.batch_size * run.length
     named = {subject.name: subject for subject in found}
-    ours, plain, theirs = (named[name] for name in ("mHC, remat=none", "no mHC", "transformers Llama, compiled"))
+    first = f"remat={run.remats[0]}"
+    ours, plain, theirs = (named[name] for name in (f"mHC, {first}", "no mHC", "transformers Llama, compiled"))
     ratios = {"mHC / no mHC": ratio(ours, plain), "no mHC / transformers Llama": ratio(plain, theirs)}
-    if fused := named.get(f"{FUSED}, remat=none"):
+    if fused := named.get(f"{FUSED}, {first}"):
         ratios |= {f"{FUSED} / no mHC": ratio(fused, plain), f"mHC / {FUSED}": ratio(ours, fused)}
     if peer := named.get("hyper-connections, eager"):
         ratios["hyper-connections / mHC"] = ratio(peer, ours)

@@ -49,7 +49,9 @@ def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
     """A tree with noise of that size on every weight: away from the symmetric start, gradients that should not be
     zero are not."""
     generator = torch.Generator().manual_seed(seed)
-    return tree_map(lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype, device="cpu"), params)
+    return tree_map(
+        lambda w: w + size * torch.randn(w.shape, generator=generator, dtype=w.dtype, device="cpu").to(w.device), params
+    )
 
 
 def with_wide_vectors(params: Any, dtype: torch.dtype = torch.float32) -> Any:
