@@ -96,10 +96,10 @@ def require_kind(params: LMParams, config: ModelConfig) -> None:
     Raises:
         ValueError: saying so.
     """
-    if params.layers and bool(params.layers[0].attn_mhc) != config.mhc_enabled:
+    if params.layers and (len(params.layers[0].attn_mhc) > 0) != config.mhc_enabled:
         raise ValueError(f"mhc_enabled={config.mhc_enabled}: the parameters are those of the opposite")
     learned = config.mhc_enabled and PRESETS[config.mhc_preset].collapse == "learned"
-    if params.layers and bool(params.head_mhc) != learned:
+    if params.layers and (len(params.head_mhc) > 0) != learned:
         raise ValueError(f"mhc_preset={config.mhc_preset!r}: the parameters are those of another preset")
 
 

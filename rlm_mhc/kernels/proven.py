@@ -1,8 +1,7 @@
 """Where the Triton kernels are known to be right: what `training.kernels=auto` goes by."""
 
-PROVEN: dict[tuple[int, int], str] = {}
+PROVEN: dict[tuple[int, int], str] = {(9, 0): "kernels_cuda_90_bf16.json"}
 """Compute capability of a GPU to the file under `recipes/results/` that records their tests passing on one.
 
-`python recipes/benchmark.py kernels` writes such files; a test holds this table to those of this source. It is empty:
-they have not run on a GPU yet.
+`python recipes/benchmark.py kernels` writes such files; a test holds this table to those of this source.
 """

@@ -13,13 +13,20 @@ def apply_tile(n: int, raw: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles such that the sums for `phi`, `G · BC · MB` numbers, stay in registers, and their warps."""
     columns = power_of_two(raw, LEAST_COLUMNS)
     if interpreted():
-        return dict(BT=128, BC=64, MB=max(LEAST_COLUMNS, columns // 2), G=n if n <= MOST_AT_ONCE else 1, num_warps=4)
+        return dict(
+            BT=128,
+            BC=64,
+            MB=max(LEAST_COLUMNS, columns // 2),
+            G=n if n <= MOST_AT_ONCE else 1,
+            num_warps=4,
+            num_stages=2,
+        )
     if n > MOST_AT_ONCE and dtype == torch.float32:
-        return dict(BT=16, BC=32, MB=min(columns, 64), G=1, num_warps=8)
+        return dict(BT=16, BC=32, MB=min(columns, 64), G=1, num_warps=8, num_stages=2)
     if n > MOST_AT_ONCE:
         whole = dtype == torch.bfloat16 and columns <= 128
-        return dict(BT=32, BC=64, MB=columns if whole else 64, G=1, num_warps=4)
-    return dict(BT=16, BC=64 if dtype == torch.bfloat16 else 32, MB=columns, G=n, num_warps=4)
+        return dict(BT=32, BC=64, MB=columns if whole else 64, G=1, num_warps=4, num_stages=2)
+    return dict(BT=16, BC=64 if dtype == torch.bfloat16 else 32, MB=columns, G=n, num_warps=4, num_stages=2)
 
 
 def apply_grid(n: int, c: int, raw: int, tokens: int, tile: dict[str, int]) -> tuple[int, int, int]:

@@ -178,12 +178,12 @@ def _project_tile(n: int, raw: int, dtype: torch.dtype, combined: bool) -> dict[
     """The largest tile whose accumulator, streams and part of `phi` stay in registers; `phi` is read for each."""
     columns = power_of_two(raw, LEAST_COLUMNS)
     if interpreted():
-        return dict(BT=128, BC=64, MP=columns, G=n if n <= MOST_AT_ONCE else 1)
+        return dict(BT=128, BC=64, MP=columns, G=n if n <= MOST_AT_ONCE else 1, num_warps=4, num_stages=3)
     if n <= MOST_AT_ONCE:
         rows, width = 64 if dtype == torch.bfloat16 else 32, 16 if combined and dtype != torch.float32 else 32
-        return dict(BT=rows, BC=width, MP=columns, G=n)
+        return dict(BT=rows, BC=width, MP=columns, G=n, num_warps=4, num_stages=3)
     rows, width = (64, 32) if columns <= 128 else (32, 32) if columns <= 256 else (16, 16)
-    return dict(BT=rows, BC=width, MP=columns, G=1)
+    return dict(BT=rows, BC=width, MP=columns, G=1, num_warps=4 if columns <= 64 else 8, num_stages=3)
 
 
 def forward(
@@ -219,7 +219,6 @@ def forward(
         project_kernel[(blocks(tokens, tile["BT"]),)](
             x, *(combined or (None, None, None)), given, phi, mixed, normed, h, scale, rstd, tokens, eps,
             C=c, N=n, M=raw, **tile, COMBINE=combined is not None, GIVEN=given is not None and at_once,
-            num_warps=4 if tile["MP"] <= 64 else 8, num_stages=3,
         )  # fmt: skip
         width, p, bt = power_of_two(c), power_of_two(n), FINISHED_AT_ONCE
         step = 64 if interpreted() else min(bt, max(1, 4096 // width))

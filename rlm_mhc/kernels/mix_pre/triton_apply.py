@@ -13,6 +13,7 @@ from torch import Tensor
 from rlm_mhc.kernels.launch import on_device
 from rlm_mhc.kernels.mix_post.triton import combine, load_entries, load_streams, mixed_stream
 from rlm_mhc.kernels.mix_pre.tiling import apply_grid, apply_tile
+from rlm_mhc.kernels.mix_pre.triton import load_phi
 from rlm_mhc.kernels.mix_pre.triton_backward import Normed
 from rlm_mhc.kernels.tiles import dot_wide
 
@@ -58,6 +59,12 @@ def apply_kernel(
     g_phi = ()
     for _ in tl.static_range(G):
         g_phi = g_phi + (tl.zeros((BC, MB), tl.float32),)
+    # Where the rows of `phi` stay in registers, they are read once, not for each block of tokens.
+    HELD: tl.constexpr = G == N and M <= MB
+    if HELD:
+        phis = ()
+        for j in tl.static_range(G):
+            phis = phis + (load_phi(phi_ptr, (first + j) * C + cols, within, 0, M, MB),)
     count = tl.cdiv(tokens, BT)
     for number in range(split, count, tl.num_programs(1)):
         # From the last token to the first: what the kernel before has read last may still be in the cache.
@@ -90,9 +97,12 @@ def apply_kernel(
                     g += more[j].to(tl.float32)
                 if MORE == "mix":
                     g += mixed_stream(more, load_entries(res_ptr, t, in_range, j, N, N, N * N), 0, N)
-                g = through_phi(
-                    g, g_product_ptr, phi_ptr, t, in_range, (first + j) * C + cols, within, M, MB, PRECISION
-                )
+                if HELD:
+                    g = tl.dot(g_product, tl.trans(phis[j]), g, input_precision=PRECISION)
+                else:
+                    g = through_phi(
+                        g, g_product_ptr, phi_ptr, t, in_range, (first + j) * C + cols, within, M, MB, PRECISION
+                    )
                 at = (t[:, None] * N + first + j) * C + cols[None, :]
                 tl.store(out_ptr + at, g.to(out_ptr.dtype.element_ty), mask=live)
     for j in tl.static_range(G):
@@ -109,8 +119,7 @@ def through_phi(
         columns = m + tl.arange(0, MB)
         mask = in_range[:, None] & (columns < M)[None, :]
         g_product = tl.load(g_product_ptr + t[:, None] * M + columns[None, :], mask=mask, other=0.0)
-        mask = within[:, None] & (columns < M)[None, :]
-        phi = tl.load(phi_ptr + channels[:, None] * M + columns[None, :], mask=mask, other=0.0)
+        phi = load_phi(phi_ptr, channels, within, m, M, MB)
         g = tl.dot(g_product, tl.trans(phi), g, input_precision=PRECISION)
     return g
 
@@ -139,6 +148,6 @@ def to_streams(
     with on_device(x):
         apply_kernel[grid](
             x, pre, phi, *normed, g_product, inner, more, res, out, partial, tokens, C=c, N=n, M=raw, **tile,
-            **options, PRECISION="tf32" if half else "ieee", num_stages=2,
+            **options, PRECISION="tf32" if half else "ieee",
         )  # fmt: skip
     return out, partial.sum(0)
