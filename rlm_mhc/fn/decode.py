@@ -153,7 +153,7 @@ def _attend_cache(
 def _keep(attend: Attend, cached: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What attention gives, with the new keys and values left in `cached` for the caller: a branch of a
     hyper-connection returns its output alone."""
-    output, *cached[:] = attend(*cached, q, k, v)
+    output, cached[0], cached[1] = attend(*cached, q, k, v)
     return output
 
 
@@ -169,7 +169,8 @@ def _through(
     """What the blocks give for tokens at positions, and the keys and values of all layers with theirs."""
     cos, sin = rotary_table(positions, config.head_width, config.rope_theta)
     hidden, written = embed(params, tokens, config), []
-    for layer, *cached in zip(params.layers, cache.keys, cache.values, strict=True):
+    for layer, *both in zip(params.layers, cache.keys, cache.values, strict=True):
+        cached = list(both)  # which the compiler of PyTorch 2.11 takes for a tuple
         own = kernels._replace(attention=partial(_keep, attend, cached))
         hidden = block(layer, hidden, cos, sin, config, own).hidden
         written.append(cached)

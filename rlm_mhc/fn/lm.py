@@ -96,11 +96,16 @@ def require_kind(params: LMParams, config: ModelConfig) -> None:
     Raises:
         ValueError: saying so.
     """
-    if params.layers and (len(params.layers[0].attn_mhc) > 0) != config.mhc_enabled:
+    if params.layers and _there(params.layers[0].attn_mhc) != config.mhc_enabled:
         raise ValueError(f"mhc_enabled={config.mhc_enabled}: the parameters are those of the opposite")
     learned = config.mhc_enabled and PRESETS[config.mhc_preset].collapse == "learned"
-    if params.layers and (len(params.head_mhc) > 0) != learned:
+    if params.layers and _there(params.head_mhc) != learned:
         raise ValueError(f"mhc_preset={config.mhc_preset!r}: the parameters are those of another preset")
+
+
+def _there(weights: Any) -> bool:
+    """Whether a group of weights is not empty; it may be a module. The compiler of PyTorch 2.11 has no `bool` of it."""
+    return not isinstance(weights, tuple) or len(weights) > 0
 
 
 def head(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from rlm_mhc import fn
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.model.mhc import add_weights, mHCLayer
+from rlm_mhc.model.mhc import add_weights, mHCLayer, weights_of
 from rlm_mhc.params import MLP, Embedding, Layer, Linear, RMSNorm, SelfAttention
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -199,7 +199,7 @@ class Head(nn.Module):
 
     def tree(self) -> fn.MHCHead:
         """The weights as `fn` takes them."""
-        return fn.MHCHead(self.phi, self.alpha, self.bias)
+        return weights_of(self, fn.MHCHead)
 
     def forward(self, streams: Tensor) -> Tensor:
         """`[*b, n, c] -> [*b, c]`."""

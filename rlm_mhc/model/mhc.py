@@ -29,6 +29,14 @@ def add_weights(module: nn.Module, specs: Any) -> None:
         module.register_parameter(name if spec.decay else Undecayed(name), weight)
 
 
+def weights_of(module: nn.Module, kind: Any) -> Any:
+    """Return what `add_weights` registered, as a named tuple of a kind."""
+    own: list[Any] = [*module._parameters.values()]
+    if len(own) == len(kind._fields):  # by place: the compiler of PyTorch 2.11 does not find an `Undecayed` name
+        return kind(*own)
+    return kind(*(getattr(module, name) for name in kind._fields))  # some are parametrized
+
+
 class mHCLayer(nn.Module):
     """`fn.hyper_connection` around any branch, owning its weights: `phi`, `alpha`, `bias`.
 
@@ -92,7 +100,7 @@ class mHCLayer(nn.Module):
 
     def tree(self) -> MHCParams:
         """The weights as `fn` takes them."""
-        return MHCParams(self.phi, self.alpha, self.bias)
+        return weights_of(self, MHCParams)
 
     def forward(self, streams: Any, branch: Callable[[Tensor], Tensor]) -> Any:
         """`streams [*b, n, c]` after the sub-layer `branch: [*b, c] -> [*b, c]`; of the preset `single_pass` both are

@@ -64,6 +64,7 @@ def make_gradients(
         joined = flat and parametrization is None
         return make_functions(config, kernels, remat, flat=joined, compiled=compiled, announce=announce, reads=reads)
 
+    @torch.inference_mode(False)  # under it, `torch.func` of PyTorch 2.11 gives zeros
     def gradients(trained: Any, microbatches: Sequence[Batch], scale: Tensor) -> Gradients:
         trained = tree_map(constant, trained)
         params = parametrization.top(trained) if parametrization else trained
