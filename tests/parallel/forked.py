@@ -45,7 +45,7 @@ def main(folder, arguments):
 
 def terminated(folder, arguments):
     """SIGTERM to agent and workers at once, as a batch system sends it."""
-    pid = in_child(folder, agent, arguments, 0)
+    pid = in_child(folder, agent, arguments, 0, worker_to_its_end)
     wait_until(lambda: logged(folder) > 1)
     for process in [pid, *children(pid)]:
         os.kill(process, signal.SIGTERM)
@@ -84,19 +84,6 @@ def in_child(folder, function, *arguments):
     os._exit(0)
 
 
-def agent(arguments, restarts):
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",
-        max_restarts=restarts,
-    )
-    elastic_launch(config, worker)(arguments)
-
-
 def worker(arguments, environment=()):
     os.environ.update(environment)
     if "RANK" in os.environ:
@@ -107,6 +94,24 @@ def worker(arguments, environment=()):
     except SystemExit as ended:
         if ended.code:
             os._exit(ended.code)  # the agent waits for a value of a worker that raises SystemExit
+
+
+def worker_to_its_end(arguments):
+    worker(arguments)
+    os._exit(0)  # an agent that is itself terminated takes no value, for which a forked worker would wait 30 s
+
+
+def agent(arguments, restarts, run=worker):
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=restarts,
+    )
+    elastic_launch(config, run)(arguments)
 
 
 def children(pid):
