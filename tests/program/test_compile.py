@@ -48,8 +48,10 @@ def test_defaults_of_keywords_stay():
 def changed(read, write, value):
     before = read()
     write(value)
-    yield
-    write(before)
+    try:
+        yield
+    finally:
+        write(before)
 
 
 def attribute(owner, name, value):
