@@ -3,5 +3,6 @@
 PROVEN: dict[tuple[int, int], str] = {(9, 0): "kernels_cuda_90_bf16.json"}
 """Compute capability of a GPU to the file under `recipes/results/` that records their tests passing on one.
 
-`python recipes/benchmark.py kernels` writes such files; a test holds this table to those of this source.
+`python recipes/benchmark.py kernels` writes such a file. A test checks that each file named here records passing tests
+of the current kernel source.
 """

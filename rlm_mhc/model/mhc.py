@@ -10,6 +10,9 @@ from rlm_mhc import fn
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.params import MHCParams, weight_table
 
+# The compiler of PyTorch 2.11 does not find an attribute whose name is an `Undecayed`.
+FINDS_UNDECAYED = torch.__version__ >= "2.13"
+
 
 class Undecayed(str):
     """The name of a weight without weight decay.
@@ -31,10 +34,9 @@ def add_weights(module: nn.Module, specs: Any) -> None:
 
 def weights_of(module: nn.Module, kind: Any) -> Any:
     """Return what `add_weights` registered, as a named tuple of a kind."""
-    own: list[Any] = [*module._parameters.values()]
-    if len(own) == len(kind._fields):  # by place: the compiler of PyTorch 2.11 does not find an `Undecayed` name
-        return kind(*own)
-    return kind(*(getattr(module, name) for name in kind._fields))  # some are parametrized
+    if not FINDS_UNDECAYED and torch.compiler.is_compiling():
+        return kind(*module._parameters.values())
+    return kind(*(getattr(module, name) for name in kind._fields))
 
 
 class mHCLayer(nn.Module):

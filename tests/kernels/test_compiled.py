@@ -32,9 +32,9 @@ KERNELS = {
     "project_kernel",
     "reduce_kernel",
 }
-# Bytes of registers that a program may spill. On an H200 `apply_kernel` is a fifth faster with `phi` held and a few
-# numbers spilled than without either.
-SPILLED = {"apply_kernel": 96}
+# Bytes of registers that a program may spill, by kernel and streams. On an H200 `apply_kernel` is a fifth faster with
+# `phi` held and a few numbers spilled than without either.
+SPILLED = {("apply_kernel", 4): 96}
 SHARED_BYTES = 99 * 1024  # of compute capability 8.6 and 8.9, the least from 8.0 on
 
 
@@ -66,7 +66,7 @@ def test_every_launch_compiles_without_a_gpu_and_fits_its_shared_memory_and_regi
     assert {launch["kernel"] for launch in found} == KERNELS
     for launch in found:
         assert launch["shared"] <= SHARED_BYTES, launch
-        assert launch["local"] <= SPILLED.get(launch["kernel"], 0), f"registers are spilled: {launch}"
+        assert launch["local"] <= SPILLED.get((launch["kernel"], n), 0), f"registers are spilled: {launch}"
 
 
 @pytest.mark.gpu

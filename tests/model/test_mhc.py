@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from rlm_mhc import fn
 from rlm_mhc.fn.mhc import EarlyPre
@@ -55,3 +56,13 @@ def test_wrong_values_are_named():
         mHCLayer(hidden_dim=8, num_flows=0)
     with pytest.raises(ValueError, match="did you mean 'paper'"):
         mHCLayer(hidden_dim=8, preset="papr")
+
+
+def test_weights_are_found_by_name_after_they_were_registered_again():
+    layer = mHCLayer(hidden_dim=8, num_flows=1)  # where alpha and bias have one shape
+    torch.nn.init.normal_(layer.bias)
+    expected = layer.tree()
+    torch.nn.utils.parametrize.register_parametrization(layer, "alpha", torch.nn.Identity())
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "alpha")
+    assert [*layer._parameters] == ["phi", "bias", "alpha"]
+    assert all(torch.equal(*pair) for pair in zip(layer.tree(), expected, strict=True))

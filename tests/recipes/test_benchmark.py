@@ -43,6 +43,19 @@ def test_it_measures_everything_side_by_side(recipe, tmp_path):
     assert all(name in result.out for name in names)
 
 
+def test_every_remat_is_measured_unless_some_are_chosen():
+    names = runpy.run_path(str(RECIPES / "benchmark.py"), run_name="recipe")
+    batch = fn.Batch(*torch.zeros(2, 1, 8, dtype=torch.int64))
+    found = [s.name for s in names["subjects"](names["BenchmarkConfig"](), batch, torch.device("cpu"))]
+    assert found[:5] == [
+        "mHC, remat=none",
+        "mHC, remat=mhc",
+        "mHC, remat=full",
+        "no mHC",
+        "transformers Llama, compiled",
+    ]
+
+
 def test_the_triton_kernels_are_measured_on_a_gpu():
     pytest.importorskip("triton")
     names = runpy.run_path(str(RECIPES / "benchmark.py"), run_name="recipe")
