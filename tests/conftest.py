@@ -1,6 +1,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import signal
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Processes that share the cores, before torch counts them; the programs that tests start inherit it.
@@ -18,6 +19,18 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def default_signals():
+    """Default handlers here and in the programs that a test starts: `nohup` and a shell's `&` ignore some signals."""
+    defaults = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL) | {
+        signal.SIGINT: signal.default_int_handler
+    }
+    former = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield defaults
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

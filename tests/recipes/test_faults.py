@@ -26,7 +26,7 @@ def losses(folder):
 
 
 @pytest.fixture
-def started(corpus, tmp_path):
+def started(corpus, tmp_path, default_signals):
     """A run in a process of its own, that has logged a step."""
     processes = []
 

@@ -58,34 +58,25 @@ def test_a_rank_that_stops_for_another_one_takes_a_signal_of_its_own_as_the_same
     assert codes == []
 
 
-@pytest.fixture
-def handlers():
-    """Whatever a test leaves behind."""
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    yield former
-    for number, handler in former.items():
-        signal.signal(number, handler)
-
-
-def test_handlers_are_put_back_unless_a_stop_was_asked_for(handlers):
+def test_handlers_are_put_back_unless_a_stop_was_asked_for(default_signals):
     with watch_signals(ALONE):
-        assert all(signal.getsignal(number) != handler for number, handler in handlers.items())
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
+        assert all(signal.getsignal(number) != handler for number, handler in default_signals.items())
+    assert {number: signal.getsignal(number) for number in default_signals} == default_signals
     with watch_signals(ALONE) as signals:
         signal.raise_signal(signal.SIGHUP)
         assert signals.agreed() == Request(stop=True)
     signal.raise_signal(signal.SIGTERM)  # after the training: torchrun passes on what the worker had already
 
 
-def test_handlers_are_put_back_when_a_run_fails_that_was_asked_to_stop(handlers):
+def test_handlers_are_put_back_when_a_run_fails_that_was_asked_to_stop(default_signals):
     """As by a peer that died: torchrun's second signal ends this process, which has nothing to save any more."""
     with suppress(RuntimeError), watch_signals(ALONE):
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert {number: signal.getsignal(number) for number in default_signals} == default_signals
 
 
-def test_under_nohup_sighup_stays_ignored(handlers):
+def test_under_nohup_sighup_stays_ignored(default_signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with watch_signals(ALONE) as signals:
         signal.raise_signal(signal.SIGHUP)
