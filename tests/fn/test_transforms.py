@@ -100,8 +100,7 @@ def test_compiled_gradients_per_example_and_directional_derivatives_agree():
 
     for function, arguments in ((each, (params, batch)), (slope, (params, tangent))):
         plain, exact = function(*arguments), function(*double(arguments))
-        # Transforms are Dynamo's and AOTAutograd's work; the code of such a graph is compiled in the test above.
-        actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+        actual = torch.compile(function, fullgraph=True)(*arguments)
         assert_as_accurate(actual, plain, exact)
 
 
