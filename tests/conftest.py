@@ -24,9 +24,8 @@ def _seeded():
 @pytest.fixture
 def default_signals():
     """Default handlers here and in the programs that a test starts: `nohup` and a shell's `&` ignore some signals."""
-    defaults = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL) | {
-        signal.SIGINT: signal.default_int_handler
-    }
+    plain, interrupt = signal.SIG_DFL, signal.default_int_handler
+    defaults = {signal.SIGTERM: plain, signal.SIGHUP: plain, signal.SIGINT: interrupt}
     former = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield defaults
     for number, handler in former.items():
