@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from jaxtyping import config as jaxtyping_config
 
+pytest_plugins = ["rlm_mhc.testing.fixtures"]
+
 SHAPES_CHECKED = 25  # examples of a law, as many as `dev` draws: to check shapes takes half of the time of an example
 shared = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", max_examples=SHAPES_CHECKED, **shared)
@@ -49,11 +51,3 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def no_shape_checks():
-    """The shape hook breaks under torch.compile: laws of compiled functions ask for this."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)

@@ -7,7 +7,6 @@ and, every second one, while a checkpoint is being written. Further arguments go
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -21,8 +20,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from rlm_mhc.disk import checksum, text_lines
-from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.disk import checksum
+from rlm_mhc.testing.runs import SMALL_RUN, read_metrics, write_corpus
 from rlm_mhc.train.outlets import install_outlets
 
 PRETRAIN = Path(__file__).with_name("pretrain_1b.py")
@@ -51,7 +50,7 @@ def main(kills: int, seed: int, overrides: list[str]) -> int:
         command = [sys.executable, str(PRETRAIN), *RUN, f"training.max_steps={STEPS_PER_KILL * kills}", *overrides]
         whole.mkdir()
         killed.mkdir()
-        write_corpus(Path(work, "data.jsonl"))
+        write_corpus(Path(work, "data.jsonl"), 200)
         began = time.monotonic()
         finish(command, whole)
         lifetime = time.monotonic() - began
@@ -69,14 +68,6 @@ def main(kills: int, seed: int, overrides: list[str]) -> int:
         differences += compare(whole / OUT, killed / OUT)
     print(f"{kills} kills, {differences} differences")
     return differences
-
-
-def write_corpus(file: Path) -> None:
-    """The same few hundred documents every time."""
-    rng = random.Random(0)
-    words = ["stream", "matrix", "row", "column", "gain", "token", "layer", "head"]
-    rows = [json.dumps({"text": " ".join(rng.choices(words, k=20))}) for _ in range(200)]
-    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def choose_moment(rng: random.Random, number: int) -> tuple[Callable[[Path], bool], str]:
@@ -164,7 +155,10 @@ def steps(folder: Path) -> int:
 def compare(whole: Path, killed: Path) -> int:
     """Print and count what differs: records but for their speed, files by name and content."""
     found = []
-    a, b = (records(folder / "metrics.jsonl") for folder in (whole, killed))
+    a, b = (
+        [{key: value for key, value in row.items() if key not in SPEED} for row in read_metrics(folder)]
+        for folder in (whole, killed)
+    )
     if [r["step"] for r in a] != [r["step"] for r in b]:
         found.append(f"steps logged: {[r['step'] for r in a]} and {[r['step'] for r in b]}")
     found += [f"record {x['step']}: {x} and {y}" for x, y in zip(a, b, strict=False) if x != y]
@@ -175,12 +169,6 @@ def compare(whole: Path, killed: Path) -> int:
     for line in found:
         print(line, flush=True)
     return len(found)
-
-
-def records(file: Path) -> list[dict[str, object]]:
-    """The metrics without those that a clock decides."""
-    rows = [json.loads(line) for line in text_lines(file.read_bytes(), str(file))]
-    return [{key: value for key, value in row.items() if key not in SPEED} for row in rows]
 
 
 if __name__ == "__main__":

@@ -9,40 +9,32 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rlm_mhc.config import ModelConfig
+from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn import Batch
 from rlm_mhc.tree import map_named, tree_map
 
 T = TypeVar("T")
-# Runs of recipes that take a moment on a CPU; what is named after it wins.
-SMALL_TRAINING = [
-    "data.max_length=16",
-    "training.batch_size=2",
-    "training.gradient_accumulation_steps=2",
-    "training.mixed_precision=fp32",
-    "training.compile=false",
-    "training.scheduler.warmup_steps=2",
-    "training.optimizer.lr=3e-3",
-    "training.logging_steps=1",
-    "training.eval_steps=2",
-    "training.eval_batches=2",
-    "device=cpu",
-]
-SMALL_RUN = [
-    "model=tiny",
-    "model.hidden_dim=32",
-    "model.num_layers=2",
-    "model.vocab_size=300",
-    "model.max_seq_len=64",
-    "model.mhc_sinkhorn_iters=5",
-    *SMALL_TRAINING,
-]
 
 
 def small_config(**changes: Any) -> ModelConfig:
     """A model of a few thousand parameters with grouped heads."""
     fields = dict(hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, vocab_size=61, max_seq_len=64)
     return ModelConfig(**(fields | changes))
+
+
+def small_training(batch_size: int = 2, accumulation: int = 2, **changes: Any) -> TrainConfig:
+    """An uncompiled step of so many sequences in so many microbatches, in fp32 and without clipping."""
+    fields: dict[str, Any] = dict(
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision="fp32",
+        compile=False,
+        max_steps=50,
+        max_grad_norm=1e9,
+        optimizer={"lr": 1e-2},
+        scheduler={"warmup_steps": 2},
+    )
+    return TrainConfig(**(fields | changes))
 
 
 def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:

@@ -211,29 +211,8 @@ def test_a_cotangent_of_the_combined_streams_joins_by_the_transpose(device):
         torch.testing.assert_close(added, more)
 
 
-def modes():
-    """Every way to ask for a gradient, by name."""
-
-    def plain(f, x):
-        x = x.clone().requires_grad_()
-        return torch.autograd.grad(f(x), x)[0]
-
-    def functional(f, x):
-        return torch.func.grad(f)(x)
-
-    def compiled_plain(f, x):
-        return plain(torch.compile(f, fullgraph=True), x)
-
-    def compiled_functional(f, x):
-        return torch.compile(lambda x: torch.func.grad(f)(x), fullgraph=True)(x)
-
-    return {m.__name__: m for m in (plain, functional, compiled_plain, compiled_functional)}
-
-
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize("mode", modes())
 @pytest.mark.parametrize("name", ["mix_post", "mix_post_pre", "single_pass_pre"])
-def test_their_own_backward_is_the_one_that_runs(name, mode, device):
+def test_their_own_backward_is_the_one_that_runs(name, gradient_of, device):
     """The ops are opaque, so that a backward dropped by a transform would be zero, and one derived an error."""
     first, *rest = draw_inputs(name, 3, 48, 5, torch.float32, device).values()
     cotangents = [torch.randn_like(x) for x in fused(name, PLAIN)(first, *rest)]
@@ -244,8 +223,7 @@ def test_their_own_backward_is_the_one_that_runs(name, mode, device):
     exact = torch.func.grad(lambda x: loss(lambda x, *r: reference(name, PLAIN)(x, *(y.double() for y in r)), x))(
         first.double()
     )
-    torch._dynamo.reset()
-    actual = modes()[mode](lambda x: loss(fused(name, PLAIN), x), first)
+    actual = gradient_of(lambda x: loss(fused(name, PLAIN), x), first)
     assert exact.abs().max() > 1e-2
     torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-4)
 

@@ -100,28 +100,7 @@ def test_it_is_built_once(tmp_path, monkeypatch):
     native.load_native.cache_clear()
 
 
-def modes():
-    """Every way to ask for a gradient, by name."""
-
-    def plain(f, x):
-        x = x.clone().requires_grad_()
-        return torch.autograd.grad(f(x), x)[0]
-
-    def functional(f, x):
-        return torch.func.grad(f)(x)
-
-    def compiled_plain(f, x):
-        return plain(torch.compile(f, fullgraph=True), x)
-
-    def compiled_functional(f, x):
-        return torch.compile(lambda x: torch.func.grad(f)(x), fullgraph=True)(x)
-
-    return {m.__name__: m for m in (plain, functional, compiled_plain, compiled_functional)}
-
-
-@pytest.mark.usefixtures("no_shape_checks")
-@pytest.mark.parametrize("mode", modes())
-def test_its_own_backward_is_the_one_that_runs(mode, monkeypatch):
+def test_its_own_backward_is_the_one_that_runs(gradient_of, monkeypatch):
     """The op is opaque, so a dropped backward is zero; and a marked one shows that it was this one that ran."""
     logits, cotangent = case(3, (6,), 1.0, torch.float64)
 
@@ -129,14 +108,14 @@ def test_its_own_backward_is_the_one_that_runs(mode, monkeypatch):
         return (f(x) * cotangent).sum()
 
     expected = torch.func.grad(lambda x: loss(fn.sinkhorn_knopp, x))(logits)
-    actual = modes()[mode](lambda x: loss(sinkhorn_knopp, x), logits)
+    actual = gradient_of(lambda x: loss(sinkhorn_knopp, x), logits)
     torch.testing.assert_close(actual, expected)
     assert expected.abs().max() > 1e-2
 
     module = __import__("rlm_mhc.kernels.sinkhorn.function", fromlist=["sinkhorn_backward"])
     monkeypatch.setattr(module, "sinkhorn_backward", lambda x, g, k, eps: 3 * sinkhorn_backward(x, g, k, eps))
     torch._dynamo.reset()
-    torch.testing.assert_close(modes()[mode](lambda x: loss(sinkhorn_knopp, x), logits), 3 * expected)
+    torch.testing.assert_close(gradient_of(lambda x: loss(sinkhorn_knopp, x), logits), 3 * expected)
 
 
 @pytest.mark.parametrize(

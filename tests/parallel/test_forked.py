@@ -1,15 +1,11 @@
 """Two ranks that are signalled and killed under torchrun's agent, or started by SLURM alone."""
 
-import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.testing.runs import SMALL_RUN, read_metrics, run_python, write_corpus
 
 FORKED = Path(__file__).with_name("forked.py")
 TORTURE = Path(__file__).parents[2] / "recipes" / "torture.py"
@@ -19,11 +15,9 @@ TORTURE = Path(__file__).parents[2] / "recipes" / "torture.py"
 def runs(tmp_path_factory):
     """The folder of all runs; see `forked.py`."""
     folder = tmp_path_factory.mktemp("runs")
-    rows = [{"text": f"row {i}: " + "streams mix in a doubly stochastic matrix " * (1 + i % 4)} for i in range(240)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_corpus(folder / "corpus.jsonl")
     arguments = [*SMALL_RUN, "training.batch_size=2", "data.train_path=../corpus.jsonl", "data.cache_dir=../tokens"]
-    command = [sys.executable, str(FORKED), str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run_python(FORKED, folder, *arguments, timeout=1200)
     (folder / "said").write_text(done.stdout + done.stderr)
     return folder
 
@@ -33,7 +27,7 @@ def test_terminated_together_with_torchrun_every_run_leaves_its_last_step_as_a_c
     for number in range(10):
         run = runs / f"terminated-{number}" / "run"
         (checkpoint,) = (run / "checkpoints").iterdir()
-        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        last = read_metrics(run)[-1]["step"]
         assert checkpoint.name == f"checkpoint-{last}"
 
 

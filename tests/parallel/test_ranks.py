@@ -1,6 +1,5 @@
 """Two processes of the main job on the CPU, as torchrun starts them."""
 
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ import pytest
 from rlm_mhc.checkpoint import load_run
 from rlm_mhc.fn import adamw_init
 from rlm_mhc.testing import assert_trees_close
-from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.testing.runs import SMALL_RUN, read_metrics, run_python
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_1b.py"
 ON_A_SLOW_DISK = f"""
@@ -27,38 +26,29 @@ SMALL = [*SMALL_RUN, "model.num_layers=3", "training.eval_steps=10", "training.e
 
 
 @pytest.fixture
-def corpus(tmp_path):
-    file = tmp_path / "corpus.jsonl"
-    rows = [{"text": f"row {i}: " + "streams mix in a doubly stochastic matrix " * (1 + i % 4)} for i in range(240)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return f"data.train_path={file}"
+def data(corpus):
+    return f"data.train_path={corpus}"
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(RECIPE)]
-    return run([*command, *SMALL, *arguments])
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return run_python(*agent, RECIPE, *SMALL, *arguments)
 
 
 def alone(*arguments):
-    return run([sys.executable, str(RECIPE), *SMALL, *arguments])
-
-
-def run(command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return run_python(RECIPE, *SMALL, *arguments)
 
 
 def losses(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["tokens"], r["train/loss"], r.get("eval/loss")) for r in records]
+    return [(r["step"], r["tokens"], r["train/loss"], r.get("eval/loss")) for r in read_metrics(folder)]
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_process_with_the_same_global_batch(corpus, tmp_path):
+def test_two_ranks_train_as_one_process_with_the_same_global_batch(data, tmp_path):
     """It fails where the gradients are not summed: then the weights of rank 0 see half of the data."""
-    together = torchrun(corpus, "training.max_steps=20", "training.batch_size=2", f"output_dir={tmp_path / 'two'}")
+    together = torchrun(data, "training.max_steps=20", "training.batch_size=2", f"output_dir={tmp_path / 'two'}")
     assert together.returncode == 0, together.stderr
-    single = alone(corpus, "training.max_steps=20", "training.batch_size=4", f"output_dir={tmp_path / 'one'}")
+    single = alone(data, "training.max_steps=20", "training.batch_size=4", f"output_dir={tmp_path / 'one'}")
     assert single.returncode == 0, single.stderr
     two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
     assert [row[:2] for row in two] == [row[:2] for row in one]
@@ -116,9 +106,9 @@ def wait_for_steps(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dying", [0, 1])
-def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(corpus, tmp_path, two_ranks, dying):
+def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(data, tmp_path, two_ranks, dying):
     out = tmp_path / "run"
-    ranks = two_ranks(corpus, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
+    ranks = two_ranks(data, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
     wait_for_steps(out)
     ranks[dying].kill()
     died = time.monotonic()
@@ -131,9 +121,9 @@ def test_a_rank_that_dies_ends_the_other_within_a_minute_and_is_named(corpus, tm
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_from_there(corpus, tmp_path, two_ranks):
+def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_from_there(data, tmp_path, two_ranks):
     out, other = tmp_path / "run", tmp_path / "other"
-    common = [corpus, "training.scheduler.min_lr_ratio=1"]  # no cosine, which would depend on max_steps
+    common = [data, "training.scheduler.min_lr_ratio=1"]  # no cosine, which would depend on max_steps
     ranks = two_ranks(*common, f"output_dir={out}", "training.max_steps=100000", "training.batch_size=2")
     wait_for_steps(out)
     ranks[1].send_signal(signal.SIGTERM)
@@ -157,27 +147,27 @@ def test_a_signal_to_one_rank_ends_all_in_the_same_step_and_one_process_goes_on_
 
 
 @pytest.mark.slow
-def test_one_process_replays_a_bad_step_of_two_ranks_with_the_batch_of_both(corpus, tmp_path, two_ranks):
+def test_one_process_replays_a_bad_step_of_two_ranks_with_the_batch_of_both(data, tmp_path, two_ranks):
     """On a slow disk: the second rank has nothing to write, and must not end the first meanwhile."""
     recipe = tmp_path / "slow.py"
     recipe.write_text(ON_A_SLOW_DISK)
     wild = ["training.optimizer.lr=1e30", "training.scheduler.warmup_steps=0", "training.max_bad_steps=2"]
-    ranks = two_ranks(corpus, f"output_dir={tmp_path / 'run'}", "training.batch_size=2", *wild, recipe=recipe)
+    ranks = two_ranks(data, f"output_dir={tmp_path / 'run'}", "training.batch_size=2", *wild, recipe=recipe)
     said = [rank.communicate(timeout=120) for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks), said
     (folder,) = (tmp_path / "run" / "bad_steps").iterdir()
     assert folder.name == "checkpoint-3"  # and no half of it
-    replayed = run([sys.executable, str(RECIPE.with_name("replay.py")), str(folder)])
+    replayed = run_python(RECIPE.with_name("replay.py"), folder)
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert "8 sequences of" in replayed.stdout  # 2 ranks × 2 microbatches × 2
     assert replayed.stdout.endswith("reproduced: every number is as recorded\n")
 
 
 @pytest.mark.slow
-def test_a_mistake_on_the_first_rank_is_told_to_the_other(corpus, tmp_path, two_ranks):
+def test_a_mistake_on_the_first_rank_is_told_to_the_other(data, tmp_path, two_ranks):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
-    ranks = two_ranks(corpus, f"output_dir={tmp_path / 'run'}", "training.batch_size=2")
+    ranks = two_ranks(data, f"output_dir={tmp_path / 'run'}", "training.batch_size=2")
     _, errors = ranks[1].communicate(timeout=90)
     assert ranks[1].returncode != 0
     last = errors.rstrip().splitlines()[-1]
@@ -186,8 +176,8 @@ def test_a_mistake_on_the_first_rank_is_told_to_the_other(corpus, tmp_path, two_
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_are_refused(corpus, tmp_path, two_ranks):
-    common = [corpus, f"output_dir={tmp_path / 'run'}", "training.max_steps=2", "training.batch_size=2"]
+def test_ranks_that_differ_are_refused(data, tmp_path, two_ranks):
+    common = [data, f"output_dir={tmp_path / 'run'}", "training.max_steps=2", "training.batch_size=2"]
     ranks = two_ranks(*common, of_second=["training.optimizer.lr=1e-3"])
     outcomes = [rank.communicate(timeout=120) for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)

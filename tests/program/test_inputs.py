@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlm_mhc import TrainConfig, fn
+from rlm_mhc import fn
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.params import Linear
 from rlm_mhc.program import init_train_state, make_train_step
@@ -11,22 +11,15 @@ from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import disturbed, small_training
 from rlm_mhc.tree import tree_leaves, tree_map
 
 CONFIG = small_config()
 
 
 def training(accumulation):
-    return TrainConfig(
-        batch_size=2,
-        gradient_accumulation_steps=accumulation,
-        mixed_precision="fp32",
-        compile=False,
-        max_grad_norm=0.1,  # so that gradients are divided in place
-        optimizer={"lr": 1e-2},
-        scheduler={"warmup_steps": 0},
-    )
+    """With clipping, so that gradients are divided in place."""
+    return small_training(2, accumulation, max_grad_norm=0.1, scheduler={"warmup_steps": 0})
 
 
 def trained(change, accumulation=1, donate=False, steps=3):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlm_mhc import TrainConfig, fn
+from rlm_mhc import fn
 from rlm_mhc.config import LoraConfig
 from rlm_mhc.params import cast
 from rlm_mhc.program import make_train_step
@@ -11,7 +11,7 @@ from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing import assert_as_accurate, assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double
+from rlm_mhc.testing.models import disturbed, double, small_training
 from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
 
 LORA = LoraConfig(rank=3, alpha=6)
@@ -58,11 +58,6 @@ def test_reduce_sees_gradients_of_adapters_alone(lora):
     assert_as_accurate(grads, plain, exact)
 
 
-def training(**fields):
-    defaults = dict(mixed_precision="fp32", compile=False, max_steps=50, max_grad_norm=1e9, optimizer={"lr": 1e-2})
-    return TrainConfig(batch_size=2, gradient_accumulation_steps=2, **(defaults | fields))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_train_adapters_and_leave_the_base(precision):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -72,7 +67,7 @@ def test_steps_train_adapters_and_leave_the_base(precision):
     trained = fn.lora_init(base, LORA)
     step = make_train_step(
         config,
-        training(mixed_precision=precision, scheduler={"warmup_steps": 1}),
+        small_training(mixed_precision=precision, scheduler={"warmup_steps": 1}),
         donate=True,
         parametrization=lora_parametrization(base, trained, LORA),
     )

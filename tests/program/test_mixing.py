@@ -5,22 +5,12 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.fn.kernels import Differentiable
-from rlm_mhc.kernels.launch import interpreted
 from rlm_mhc.kernels.mixing import TRITON
 from rlm_mhc.program.functions import make_functions
 from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
 from rlm_mhc.testing.models import disturbed, double
 from rlm_mhc.tree import tree_map
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if (request.param == "cpu") != interpreted():
-        pytest.skip("in Triton's interpreter, TRITON_INTERPRET=1, kernels run on the CPU, and without it on a GPU")
-    return torch.device(request.param)
 
 
 def case(device, dtype=torch.float32, **fields):

@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 
 from rlm_mhc.checkpoint.run import _state_checksum
-from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.testing.runs import SMALL_RUN, read_losses, read_metrics
 from rlm_mhc.train.output import read_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {r["step"]: r["train/loss"] for r in records(folder)}
 
 
 @pytest.fixture
@@ -36,7 +28,7 @@ def started(corpus, tmp_path, default_signals):
         pipes = dict(stdout=output, stderr=output, text=True)
         process = subprocess.Popen([*command, f"output_dir={out}", *arguments], **pipes)
         processes.append(process)
-        while process.poll() is None and not ((out / "metrics.jsonl").is_file() and records(out)):
+        while process.poll() is None and not ((out / "metrics.jsonl").is_file() and read_metrics(out)):
             time.sleep(0.05)
         return process, out
 
@@ -64,12 +56,12 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(started, pretrain
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert checkpoint.name in said.splitlines()[-1]
     step = json.loads((checkpoint / "trainer_state.json").read_text())["step"]
-    assert abs(records(out)[-1]["step"] - step) <= 1
+    assert abs(read_metrics(out)[-1]["step"] - step) <= 1
     more = [f"data.train_path={corpus}", f"output_dir={out}", f"training.max_steps={step + 2}", "resume=auto"]
     result = pretrain(*more)
     assert result.code == 0, result.err
     assert "changed      training.max_steps: 100000 before" in result.out
-    assert [r["step"] for r in records(out)] == list(range(1, step + 3))
+    assert [r["step"] for r in read_metrics(out)] == list(range(1, step + 3))
 
 
 def test_sigusr1_saves_and_goes_on_and_two_signals_at_once_are_one_request(started):
@@ -78,8 +70,8 @@ def test_sigusr1_saves_and_goes_on_and_two_signals_at_once_are_one_request(start
     deadline = time.monotonic() + 60
     while not list((out / "checkpoints").glob("checkpoint-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    before = len(records(out))
-    while len(records(out)) < before + 3 and time.monotonic() < deadline:
+    before = len(read_metrics(out))
+    while len(read_metrics(out)) < before + 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None
     assert len(list((out / "checkpoints").glob("checkpoint-*"))) == 1
@@ -90,7 +82,7 @@ def test_sigusr1_saves_and_goes_on_and_two_signals_at_once_are_one_request(start
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert errors.count("finishing the step") == 1
-    assert (out / "checkpoints" / f"checkpoint-{records(out)[-1]['step']}").is_dir()
+    assert (out / "checkpoints" / f"checkpoint-{read_metrics(out)[-1]['step']}").is_dir()
 
 
 def test_what_cannot_be_said_ends_nothing(started):
@@ -98,7 +90,7 @@ def test_what_cannot_be_said_ends_nothing(started):
         process, out = started("training.max_steps=6", "mhc.target_amax=1e-6", output=full)
     process.wait(60)
     assert process.returncode == 0
-    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
     assert (out / "checkpoints" / "checkpoint-6").is_dir()
 
 
@@ -126,7 +118,7 @@ def test_auto_passes_over_a_damaged_checkpoint_and_comes_out_the_same(pretrain, 
     out = tmp_path / "run"
     arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=6", "training.save_steps=2"]
     assert pretrain(*arguments).code == 0
-    expected, newest = losses(out), out / "checkpoints" / "checkpoint-6"
+    expected, newest = read_losses(out), out / "checkpoints" / "checkpoint-6"
     files = {path.name: path.read_bytes() for path in newest.iterdir()}
     weights = bytearray(files["model.safetensors"])
     weights[-5] ^= 4
@@ -138,7 +130,7 @@ def test_auto_passes_over_a_damaged_checkpoint_and_comes_out_the_same(pretrain, 
     assert "checkpoint-4/optimizer.pt: damaged" in result.out
     assert "resumed      " in result.out
     assert "step 2: weights, optimizer, schedule, random generators, place in the data" in result.out
-    assert losses(out) == expected
+    assert read_losses(out) == expected
     again = {path.name: path.read_bytes() for path in newest.iterdir()}
     changed = {name for name in files if files[name] != again[name]}
     assert changed <= {"config.yaml", "trainer_state.json"}  # resume=auto is in the one, its checksum in the other
@@ -156,8 +148,8 @@ def test_another_batch_size_goes_on_where_sequences_line_up(pretrain, corpus, tm
     result = pretrain(*arguments, "training.max_steps=5", "training.batch_size=3")
     assert result.code == 0, result.err
     assert "changed      training.batch_size: 2 before, 3 now" in result.out
-    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5]
-    assert [r["tokens"] for r in records(out)] == [64, 128, 192, 288, 384]
+    assert [r["step"] for r in read_metrics(out)] == [1, 2, 3, 4, 5]
+    assert [r["tokens"] for r in read_metrics(out)] == [64, 128, 192, 288, 384]
 
 
 def test_a_folder_that_vanishes_is_made_anew_with_all_that_was_logged(started):
@@ -169,7 +161,7 @@ def test_a_folder_that_vanishes_is_made_anew_with_all_that_was_logged(started):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert [r["step"] for r in records(out)] == list(range(1, len(records(out)) + 1))
+    assert [r["step"] for r in read_metrics(out)] == list(range(1, len(read_metrics(out)) + 1))
     assert len(list((out / "checkpoints").iterdir())) == 1
 
 
@@ -188,7 +180,7 @@ def test_a_disk_that_takes_no_more_does_not_end_the_run_before_its_end(pretrain,
     said = result.out + result.err
     assert said.count("No space left on device; the training goes on") == 2
     assert "the training is done, but its last checkpoint could not be written" in result.last_error
-    assert [r["step"] for r in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
     assert {path: path.read_bytes() for path in whole} == whole
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-2"]
 
@@ -203,7 +195,7 @@ def test_no_checkpoint_is_newer_than_what_is_logged(pretrain, corpus, tmp_path, 
 
     monkeypatch.setattr(Path, "open", opened)
     assert pretrain(f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=1").code == 0
-    assert [r["step"] for r in records(out)] == [1]
+    assert [r["step"] for r in read_metrics(out)] == [1]
 
 
 def test_a_state_of_another_form_is_refused_by_name_even_where_its_checksum_fits(pretrain, corpus, tmp_path):
@@ -250,7 +242,7 @@ def test_moved_and_touched_data_are_gone_on_with_also_by_an_old_checkpoint(pretr
     file.write_text(json.dumps(state | {"xxh3_128": _state_checksum(state)}))
     result = pretrain(*arguments, "training.max_steps=3")
     assert "step 2: weights, optimizer, schedule, random generators, place in the data" in result.out
-    assert [r["step"] for r in records(out)] == [1, 2, 3]
+    assert [r["step"] for r in read_metrics(out)] == [1, 2, 3]
     with (moved / held_out.name).open("a") as more:
         more.write('{"text": "other"}\n')
     assert "trained on other data" in pretrain(*arguments, "training.max_steps=4").last_error

@@ -9,7 +9,8 @@ import torch
 from rlm_mhc import fn, load_pretrained, save_pretrained
 from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
 from rlm_mhc.testing import small_config
-from rlm_mhc.testing.models import SMALL_TRAINING, disturbed
+from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.runs import SMALL_TRAINING, read_metrics
 from rlm_mhc.train.evaluate import evaluate
 from rlm_mhc.train.finetune_config import FinetuneConfig
 from rlm_mhc.train.output import read_config
@@ -52,10 +53,6 @@ def data(tmp_path):
     return write
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("kind", RECORDS)
 def test_every_format_starts_from_the_checkpoint_and_learns(finetune, base, data, tmp_path, kind):
     out = tmp_path / "run"
@@ -63,7 +60,7 @@ def test_every_format_starts_from_the_checkpoint_and_learns(finetune, base, data
     template = ["data.chat_template=chatml"] if kind == "chat" else []
     result = finetune(*arguments, *template)
     assert result.code == 0, result.err
-    rows = records(out)
+    rows = read_metrics(out)
     assert [row["step"] for row in rows] == list(range(6))
     assert rows[0].keys() == {"step", "tokens", "eval/loss"}
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.1
@@ -110,7 +107,7 @@ def test_step_zero_is_the_loss_of_the_checkpoint_itself(finetune, base, data, tm
     run = read_config(out / "config.yaml")
     assert isinstance(run, FinetuneConfig)
     prepared = run.data.reader()(run.token_folder, run.tokenizer, run.model.vocab_size)
-    assert records(out)[0]["eval/loss"] == evaluate(params, run, prepared)
+    assert read_metrics(out)[0]["eval/loss"] == evaluate(params, run, prepared)
 
 
 def test_without_data_it_takes_the_built_in_corpus(finetune, base, tmp_path, monkeypatch):
@@ -149,7 +146,7 @@ def test_any_checkpoint_will_do(finetune, pretrain, base, corpus, data, tmp_path
 def stopped(finetune, arguments, out, step):
     """A run to its end, and the folder as it was when only the checkpoint of that step had been written."""
     assert finetune(*arguments, f"output_dir={out}").code == 0
-    whole = records(out)
+    whole = read_metrics(out)
     for path in (out / "checkpoints").iterdir():
         if path.name != f"checkpoint-{step}":
             shutil.move(path, out.parent / f"{out.name}-{path.name}")
@@ -167,7 +164,7 @@ def test_a_resumed_run_is_bit_for_bit_one_never_stopped(finetune, base, data, tm
     result = finetune(*arguments, f"output_dir={out}", "resume=auto")
     assert result.code == 0, result.err
     assert "step 2: weights, optimizer, schedule, random generators, place in the data" in result.out
-    assert without_speed(records(out)) == without_speed(whole)
+    assert without_speed(read_metrics(out)) == without_speed(whole)
     again, before = out / "checkpoints" / "checkpoint-5", tmp_path / "run-checkpoint-5"
     for name in ("model.safetensors", "optimizer.pt", "generators.pt"):
         assert (again / name).read_bytes() == (before / name).read_bytes(), name
@@ -185,7 +182,7 @@ def test_adapters_learn_and_leave_a_model_as_any_other(finetune, base, data, tmp
     result = finetune(*arguments)
     assert result.code == 0, result.err
     assert "parameters: adapters of rank 4 to q_proj, " in result.out
-    rows = records(out)
+    rows = read_metrics(out)
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.1
     newest = out / "checkpoints" / "checkpoint-5"
     tokens = torch.randint(300, (2, 16))
@@ -205,7 +202,7 @@ def test_adapters_learn_and_leave_a_model_as_any_other(finetune, base, data, tmp
     # What it left is a checkpoint to start from, as any other.
     again = [f"checkpoint={newest}", f"output_dir={tmp_path / 'again'}", data("completion"), "training.max_steps=1"]
     assert finetune(*again).code == 0
-    assert records(tmp_path / "again")[0]["eval/loss"] == pytest.approx(rows[-1]["eval/loss"], rel=1e-5)
+    assert read_metrics(tmp_path / "again")[0]["eval/loss"] == pytest.approx(rows[-1]["eval/loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -216,7 +213,7 @@ def test_a_resumed_run_of_adapters_is_bit_for_bit_one_never_stopped(finetune, ba
     whole = stopped(finetune, arguments, out, 2)
     result = finetune(*arguments, f"output_dir={out}", "resume=auto")
     assert result.code == 0, result.err
-    assert without_speed(records(out)) == without_speed(whole)
+    assert without_speed(read_metrics(out)) == without_speed(whole)
     again, before = out / "checkpoints" / "checkpoint-5", tmp_path / "run-checkpoint-5"
     for name in (
         "model.safetensors",

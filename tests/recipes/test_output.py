@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.testing.runs import SMALL_RUN
 from rlm_mhc.train.lock import locked
 
 RECIPES = Path(__file__).parents[2] / "recipes"

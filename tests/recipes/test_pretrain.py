@@ -11,6 +11,7 @@ import rlm_mhc
 from rlm_mhc.checkpoint import load_run
 from rlm_mhc.fn import adamw_init
 from rlm_mhc.testing import assert_trees_close
+from rlm_mhc.testing.runs import read_metrics
 
 LOGGED = {
     "step",
@@ -25,10 +26,6 @@ LOGGED = {
 }
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tmp_path):
     out = tmp_path / "run"
     arguments = [f"data.train_path={corpus}", f"output_dir={out}", "training.max_steps=8", "training.save_steps=3"]
@@ -36,7 +33,7 @@ def test_a_run_leaves_the_documented_files_and_a_lower_loss(pretrain, corpus, tm
     assert result.code == 0, result.err
     assert "parameters" in result.out
     assert "sample text" in result.out
-    rows = records(out)
+    rows = read_metrics(out)
     assert [r["step"] for r in rows] == list(range(1, 9))
     assert all(row.keys() >= LOGGED for row in rows)
     assert rows[2].keys() >= {"tokens_per_sec", "mfu"}
@@ -83,12 +80,12 @@ def test_other_presets_train_save_and_go_on(pretrain, corpus, tmp_path, preset):
     out = tmp_path / "run"
     arguments = [f"data.train_path={corpus}", f"output_dir={out}", f"model.mhc_preset={preset}"]
     assert pretrain(*arguments, "training.max_steps=8", "training.save_steps=4").code == 0
-    rows = records(out)
+    rows = read_metrics(out)
     assert rows[-1]["eval/loss"] < rows[0]["eval/loss"] - 0.1
     shutil.rmtree(out / "checkpoints" / "checkpoint-8")
     result = pretrain(*arguments, "training.max_steps=8", "resume=auto")
     assert result.code == 0, result.err
-    assert records(out)[-1]["train/loss"] == rows[-1]["train/loss"]
+    assert read_metrics(out)[-1]["train/loss"] == rows[-1]["train/loss"]
 
 
 def test_the_checkpoint_reads_back_and_carries_its_tokenizer(pretrain, corpus, tmp_path):
@@ -126,11 +123,11 @@ def test_a_resumed_run_equals_one_never_stopped(pretrain, corpus, tmp_path, how)
     assert_trees_close(a.params, b.params, 0.0)
     assert_trees_close(a.optimizer, b.optimizer, 0.0)
     assert a.trainer_state == b.trainer_state
-    steps = [r["step"] for r in records(cut)]
+    steps = [r["step"] for r in read_metrics(cut)]
     assert steps == (list(range(1, 7)) if how == "auto" else [4, 5, 6])
-    assert [r["tokens"] for r in records(cut)] == [64 * step for step in steps]
-    losses = {r["step"]: r.get("train/loss") for r in records(whole)}
-    assert all(r.get("train/loss") == losses[r["step"]] for r in records(cut))
+    assert [r["tokens"] for r in read_metrics(cut)] == [64 * step for step in steps]
+    losses = {r["step"]: r.get("train/loss") for r in read_metrics(whole)}
+    assert all(r.get("train/loss") == losses[r["step"]] for r in read_metrics(cut))
 
 
 def test_a_used_folder_is_refused_resumed_or_overwritten(pretrain, corpus, tmp_path):
@@ -142,7 +139,7 @@ def test_a_used_folder_is_refused_resumed_or_overwritten(pretrain, corpus, tmp_p
     again = pretrain(*arguments, "overwrite=true")
     assert again.code == 0
     assert "reused" in again.out
-    assert [r["step"] for r in records(tmp_path / "run")] == [1]
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [1]
     finished = pretrain(*arguments, "resume=auto")
     assert finished.code == 0, finished.err
     assert "nothing left" in finished.out
@@ -156,7 +153,7 @@ def test_going_on_inside_a_folder_removes_what_came_later(pretrain, corpus, tmp_
     result = pretrain(*arguments, "training.max_steps=2", f"+resume_from_checkpoint={start}", "overwrite=true")
     assert result.code == 0, result.err
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    assert [r["step"] for r in records(out)] == [1, 2]
+    assert [r["step"] for r in read_metrics(out)] == [1, 2]
 
 
 def test_other_data_take_weights_and_tokenizer_and_start_anew(pretrain, corpus, tmp_path):
@@ -170,12 +167,12 @@ def test_other_data_take_weights_and_tokenizer_and_start_anew(pretrain, corpus, 
     assert "its weights and tokenizer; optimizer, schedule and data start anew" in result.out
     new = tmp_path / "b" / "checkpoints" / "checkpoint-3"
     assert json.loads((new / "trainer_state.json").read_text())["position"] == {"seed": 42, "epoch": 0, "offset": 12}
-    assert [r["step"] for r in records(tmp_path / "b")] == [1, 2, 3]
+    assert [r["step"] for r in read_metrics(tmp_path / "b")] == [1, 2, 3]
     own = tmp_path / "a"
     result = pretrain(f"data.train_path={other}", f"output_dir={own}", f"resume_from_checkpoint={checkpoint}")
     assert result.code == 2
     assert "choose another folder" in result.last_error
-    assert len(records(own)) == 2
+    assert len(read_metrics(own)) == 2
     result = pretrain(*arguments[:1], f"output_dir={own}", "resume=auto")
     assert result.code == 2
     assert "trained on other data" in result.last_error
@@ -227,7 +224,7 @@ def test_a_diverging_run_stops_with_a_step_to_replay(pretrain, recipe, corpus, t
     assert "training.optimizer.lr" in result.last_error
     folder = next((tmp_path / "run" / "bad_steps").iterdir())
     assert f"recipes/replay.py {folder}" in result.last_error
-    assert [r["skipped"] for r in records(tmp_path / "run")][-2:] == [1, 1]
+    assert [r["skipped"] for r in read_metrics(tmp_path / "run")][-2:] == [1, 1]
     replayed = recipe("replay", str(folder))
     assert replayed.code == 0, replayed.err
     assert "reproduced" in replayed.out
@@ -256,7 +253,7 @@ def test_fp16_saves_and_resumes_its_loss_scale_and_logs_it(pretrain, corpus, tmp
     assert result.code == 0, result.err
     state = json.loads((out / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["loss_scale"] == {"scale": 65536.0, "good_steps": 3}
-    assert [(r["loss_scale"], r["skipped"]) for r in records(out)] == [(65536.0, 0)] * 3
+    assert [(r["loss_scale"], r["skipped"]) for r in read_metrics(out)] == [(65536.0, 0)] * 3
 
 
 @pytest.mark.parametrize("remat", ["mhc", "full"])
@@ -264,5 +261,5 @@ def test_recomputation_trains_the_same(pretrain, corpus, tmp_path, remat):
     common = [f"data.train_path={corpus}", "training.max_steps=3"]
     assert pretrain(*common, f"output_dir={tmp_path / 'kept'}").code == 0
     assert pretrain(*common, f"output_dir={tmp_path / 'again'}", f"training.remat={remat}").code == 0
-    losses = [[r["train/loss"] for r in records(tmp_path / name)] for name in ("kept", "again")]
+    losses = [[r["train/loss"] for r in read_metrics(tmp_path / name)] for name in ("kept", "again")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

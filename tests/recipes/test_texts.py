@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import rlm_mhc.train
-from rlm_mhc.testing.models import SMALL_RUN
+from rlm_mhc.testing.runs import SMALL_RUN, run_script
 from rlm_mhc.train import RunConfig
 from rlm_mhc.train.command import _leaf_keys, quote_texts
 from rlm_mhc.train.finetune_config import with_model
@@ -120,13 +119,10 @@ def speaking(monkeypatch):
 
     def run(encoding, name, *arguments):
         files = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
-        monkeypatch.setattr(sys, "argv", [str(RECIPES / f"{name}.py"), *arguments])
         monkeypatch.setattr(sys, "stdout", files[0])
         monkeypatch.setattr(sys, "stderr", files[1])
-        GlobalHydra.instance().clear()
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
-        return stopped.value.code or 0, *(file.buffer.getvalue().decode(encoding) for file in files)
+        code = run_script(RECIPES / f"{name}.py", *arguments)
+        return code, *(file.buffer.getvalue().decode(encoding) for file in files)
 
     return run
 
