@@ -1,9 +1,8 @@
 """The fused mixing beside the compiled reference and others: `python recipes/benchmark.py kernels [key=value …]`.
 
-First the tests of the kernels on the GPU, then times. Prints a table and writes all of it as JSON, which is what
-`training.kernels=auto` goes by once it is committed and named in `rlm_mhc/kernels/proven.py`. A run of some sizes adds
-to what the file has of the same kernels on the same device. Run it on an otherwise idle GPU: times are what the device
-works, medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
+First the tests of the kernels on the GPU, then times. Prints a table and writes all of it as JSON. A run of some sizes
+adds to what the file has of the same code on the same device. Run it on an otherwise idle GPU: times are of work on the
+device, medians of interleaved rounds, and shares are of the copy bandwidth measured in the same run.
 """
 
 import dataclasses
@@ -26,8 +25,9 @@ from torch import Tensor
 from rlm_mhc.kernels.launch import interpreted, require_triton
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, GIVEN, draw, fused, reference
+from rlm_mhc.parallel import code_version
 from rlm_mhc.testing.kernel_peers import PEER_OPS, PEERS, Implementation, Op, as_op
-from rlm_mhc.testing.kernel_results import BEYOND_CACHES, merged, size_of, source_digest, table
+from rlm_mhc.testing.kernel_results import BEYOND_CACHES, merged, size_of, table
 from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.validation import at_least, check, in_short, location, one_of, some_of
@@ -221,7 +221,7 @@ def main(run: KernelsConfig) -> int:
     fresh: dict[str, Any] = {
         **provenance(device, ["torch", "triton", "liger_kernel", "transformer_engine", "tile_kernels"]),
         "command": " ".join(["python recipes/benchmark.py kernels", *sys.argv[1:]]),
-        "source": source_digest(),
+        "source": code_version(),
         "smoke": run.smoke,
         "capability": capability,
         "dtype": run.dtype,

@@ -26,7 +26,7 @@ def load_native(source: Path) -> ctypes.CDLL | None:
         return None
     text = source.read_bytes()
     digest = hashlib.sha256(b"\0".join([text, *map(str.encode, (compiler, *FLAGS, _processor()))])).hexdigest()[:16]
-    library = _cache() / f"{source.stem}-{digest}.so"
+    library = cache_folder() / f"{source.stem}-{digest}.so"
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not library.is_file():
@@ -49,7 +49,8 @@ def _build(compiler: str, source: Path, library: Path) -> None:
         os.replace(built, library)  # whole or not there, whoever else builds it meanwhile
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Return the folder for what is built or measured once per machine."""
     if named := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(named) / "native"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlm_mhc"

@@ -1,24 +1,12 @@
-"""Results of `recipes/benchmark_kernels.py`: joined from parts, printed, and tied to the source that they are of."""
+"""Results of `recipes/benchmark_kernels.py`: joined from parts, and printed."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import rlm_mhc.kernels
-
 BEYOND_CACHES = 10**8  # bytes: what a GPU's caches do not hold, and so many must move for a share of the bandwidth
 SAME = ("device", "versions", "source", "dtype", "iterations", "smoke")
-# Of the kernels' folder: what runs on a CPU, what is not ours, and what names the results.
-OTHERS = ("flash_attention/", "sinkhorn/function.py", "sinkhorn/op.py", "proven.py")
-
-
-def source_digest() -> str:
-    """Of the kernels' source: what was measured or tested of other source says nothing of this one."""
-    folder = Path(rlm_mhc.kernels.__file__).parent
-    files = sorted(file for file in folder.rglob("*.py") if not file.relative_to(folder).as_posix().startswith(OTHERS))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def merged(result: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from rlm_mhc.parallel import (
     checksum,
     code_version,
     find_ranks,
+    gather,
     process_group,
     require_agreement,
     watch_ranks,
@@ -59,7 +61,7 @@ def announce(run: RunConfig, device: torch.device, ranks: Ranks) -> Plan:
     check_compiler(device, run.training.compile)
     if ranks.is_first:
         require_wandb(run.training.wandb)
-    kernels = pick_kernels(run.model, run.training, device)
+    kernels = pick_kernels(run.model, run.training, device, functools.partial(gather, ranks))
     plan = make_plan(run.model, run.training, run.data.max_length, device, ranks.world, run.adapters, kernels)
     print(*plan.lines, sep="\n", flush=True)
     plan.require_memory()

@@ -2,24 +2,38 @@
 
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn import REFERENCE, Kernels
+from rlm_mhc.kernels import choose
 from rlm_mhc.kernels.launch import require_triton
 from rlm_mhc.kernels.mixing import MIXING, refusal
-from rlm_mhc.kernels.proven import PROVEN
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.validation import in_short
+from rlm_mhc.variants import PRESETS
 
 
-def pick_kernels(model: ModelConfig, training: TrainConfig, device: torch.device) -> Kernels:
+def pick_kernels(
+    model: ModelConfig,
+    training: TrainConfig,
+    device: torch.device,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Kernels:
     """The reference, with the mixing that `training.kernels` and the attention that `training.attention` names.
 
-    It prints in one line what mixes and why. `auto` takes the Triton kernels on a GPU whose kind a committed result
-    shows to pass their tests, and there after a self-test of this model's sizes in this precision; where that fails,
-    it warns and takes the reference.
+    It prints in one line what mixes and why. `auto` tests the Triton kernels on a GPU at this model's sizes in this
+    precision, times them beside the compiled reference, and takes the faster; where the test fails, it warns and takes
+    the reference.
+
+    Args:
+        model: the config.
+        training: the config.
+        device: where it runs.
+        gather: returns the values of all ranks, so that all of them take the same.
 
     Raises:
         ValueError: when what is named is not installed or does not run this model on this device in this precision,
@@ -27,7 +41,7 @@ def pick_kernels(model: ModelConfig, training: TrainConfig, device: torch.device
     """
     kernels = REFERENCE
     if model.mhc_enabled:
-        mixed, why = _pick_mixing(model, training, device)
+        mixed, why = _pick_mixing(model, training, device, gather)
         print(f"mixing       {'Triton kernels' if mixed else 'reference'}: {why}", flush=True)
         kernels = kernels._replace(mixing=MIXING if mixed else None)
     elif training.kernels == "triton":
@@ -44,8 +58,10 @@ def pick_kernels(model: ModelConfig, training: TrainConfig, device: torch.device
     return kernels._replace(attention=flash_attention)
 
 
-def _pick_mixing(model: ModelConfig, training: TrainConfig, device: torch.device) -> tuple[bool, str]:
-    """Whether the Triton kernels mix, and why."""
+def _pick_mixing(
+    model: ModelConfig, training: TrainConfig, device: torch.device, gather: Callable[[Any], list[Any]]
+) -> tuple[bool, str]:
+    """Return whether the Triton kernels mix, and why."""
     if training.kernels == "reference":
         return False, "training.kernels=reference"
     if training.kernels == "triton":
@@ -59,18 +75,28 @@ def _pick_mixing(model: ModelConfig, training: TrainConfig, device: torch.device
         return False, f"the Triton kernels are for CUDA, and this is {device.type}"
     if reason := refusal(model):
         return False, f"the Triton kernels do not serve this model: {reason}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability not in PROVEN:
-        number = ".".join(map(str, capability))
-        return False, (
-            f"no committed result shows the Triton kernels passing their tests on compute capability {number} "
-            "(python recipes/benchmark.py kernels makes one; training.kernels=triton takes them all the same)"
-        )
     failure, took = _self_test(model, training, device)
+    times, untimed = (None, "") if failure else _times(model, training, device)
+    failures, of_ranks, reasons = zip(*gather((failure, times, untimed)), strict=True)
+    failure, times = next(filter(None, failures), None), of_ranks[0]
     if failure:
         warnings.warn(f"the Triton kernels fail their self-test, the reference mixes: {failure}", stacklevel=2)
         return False, "the Triton kernels failed their self-test"
-    return True, f"self-test passed in {took}; proven by {PROVEN[capability]}"
+    if times is None:
+        warnings.warn(f"the Triton kernels could not be timed, the reference mixes: {reasons[0]}", stacklevel=2)
+        return False, "the Triton kernels could not be timed"
+    faster = times.reference / times.fused
+    measured = f"{times.fused:.2f} ms a sub-layer, the compiled reference {times.reference:.2f} ms ({faster:.2f}×)"
+    return faster > 1, f"the Triton kernels take {measured}; self-test passed in {took}"
+
+
+def _times(model: ModelConfig, training: TrainConfig, device: torch.device) -> tuple[choose.Times | None, str]:
+    """Return the times of a sub-layer, or None and what was raised."""
+    early, dtype = PRESETS[model.mhc_preset].early_pre, COMPUTE_DTYPE[training.mixed_precision]
+    try:
+        return choose.mixing_times(model.mhc_flows, model.hidden_dim, early, MIXING.settings(model), dtype, device), ""
+    except Exception as error:
+        return None, in_short(error)
 
 
 def _self_test(model: ModelConfig, training: TrainConfig, device: torch.device) -> tuple[str | None, str]:
