@@ -10,9 +10,10 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlm_mhc import ModelConfig, fn
-from rlm_mhc.program.hyper import projection_halves
+from rlm_mhc.program.hyper import projection_stage
 from rlm_mhc.testing.measure import provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.train import command, pick_device
@@ -57,7 +58,14 @@ def errors(run: ProjectionsConfig, name: str, n: int, device: torch.device) -> d
 def cost(run: ProjectionsConfig, name: str, n: int, device: torch.device) -> dict[str, float]:
     """Nanoseconds and bytes per token, forward and backward; bytes are the most allocated at once, results included."""
     config = ModelConfig(mhc_projection=name, mhc_flows=n, mhc_sinkhorn_iters=run.num_iters)
-    forward, backward = projection_halves(config)
+    stage = projection_stage(config)
+
+    def forward(raw: Tensor) -> Tensor:
+        return stage.forward({}, raw)[0]
+
+    def backward(raw: Tensor, cotangent: Tensor) -> Tensor:
+        return stage.backward({}, raw, (), cotangent)[1]
+
     if run.compile:
         torch._dynamo.reset()  # it counts what is compiled by line of code
         forward, backward = (torch.compile(half, fullgraph=True, dynamic=False) for half in (forward, backward))

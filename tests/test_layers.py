@@ -15,6 +15,7 @@ LAYERS = [
     ("types", "config"),
     ("tree", "params"),
     ("fn",),
+    ("stage",),
     ("kernels",),
     ("program",),
     ("parallel",),

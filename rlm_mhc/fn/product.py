@@ -37,7 +37,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         # The compiler takes no Function with a `jvp`, and torch's own nested is zero; autocast does not touch fp64.
         return (a.double() @ b.double()).to(b.dtype)
     with without_autocast(a.device.type):
-        # Views: see `pullback` in rlm_mhc.program.stage.
+        # Views: see `pullback` in rlm_mhc.stage.
         return _Product.apply(a.view_as(a), b.view_as(b))
 
 

@@ -6,15 +6,11 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import REFERENCE, Mixing
-from rlm_mhc.kernels import single_pass
+from rlm_mhc.kernels import stages
 from rlm_mhc.kernels.launch import MOST_ITERATIONS, MOST_STREAMS, WIDTH_MULTIPLE
-from rlm_mhc.kernels.mix_post import mix_post, mix_post_reduce
-from rlm_mhc.kernels.mix_post_pre import mix_post_pre
-from rlm_mhc.kernels.mix_post_pre.op import mix_post_pre as post_pre_op
-from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights, mix_pre, mix_pre_backward
-from rlm_mhc.kernels.mix_pre.op import mix_pre as pre_op
+from rlm_mhc.kernels.mix_post import mix_post_reduce
+from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights
 from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE, largest_partial_sums
-from rlm_mhc.kernels.single_pass import op as single_op
 from rlm_mhc.variants import PRESETS
 
 
@@ -42,29 +38,25 @@ def _settings(config: ModelConfig) -> Settings:
 
 
 def _pre(streams: Tensor, weights: Any, settings: Settings, given: Tensor | None) -> Any:
-    if given is None:
-        return mix_pre(streams, Weights(*weights), settings)
-    return single_pass.single_pass_pre(streams, given, Weights(*weights), settings)
+    early = given is not None
+    run = stages.function(stages.pre_stage(settings, early), "single_pass_pre" if early else "mix_pre", 4)
+    return run(weights, streams, *((given,) if early else ()))
 
 
 def _post_pre(
     streams: Tensor, output: Tensor, post: Tensor, res: Tensor, weights: Any, settings: Settings, given: Tensor | None
 ) -> Any:
-    if given is None:
-        return mix_post_pre(streams, output, post, res, Weights(*weights), settings)
-    return single_pass.single_pass_post_pre(streams, output, post, res, given, Weights(*weights), settings)
+    early = given is not None
+    name = "single_pass_post_pre" if early else "mix_post_pre"
+    run = stages.function(stages.post_pre_stage(settings, early), name, 5)
+    return run(weights, streams, output, post, res, *((given,) if early else ()))
 
 
 def _forward(streams: Tensor, weights: Any, settings: Settings, given: Tensor | None, combined: Any) -> Any:
     own = Weights(*weights)
     if combined is not None:
-        output, post, res = combined
-        if given is None:
-            return post_pre_op(streams, output, post, res, own, settings)
-        return single_op.single_pass_post_pre(streams, output, post, res, given, own, settings)
-    if given is None:
-        return streams, pre_op(streams, own, settings)
-    return streams, single_op.single_pass_pre(streams, given, own, settings)
+        return stages.post_pre(streams, combined, given, own, settings)
+    return streams, stages.pre(streams, given, own, settings)
 
 
 def _backward(
@@ -77,12 +69,9 @@ def _backward(
     more: Tensor | None,
     res: Tensor | None,
 ) -> Any:
-    own, kept = Weights(*weights), Mapped(*mapped)
-    if given is None:
-        g_streams, g_weights = mix_pre_backward(streams, own, kept, cotangents, settings, more, res)
-        return g_streams, g_weights, None
-    g_streams, g_given, g_weights = single_op.single_pass_pre_backward(
-        streams, given, own, kept, cotangents, settings, more, res
+    own = Weights(*weights)
+    g_streams, g_given, g_weights = stages.pre_backward(
+        streams, given, own, Mapped(*mapped), cotangents, settings, more, res
     )
     return g_streams, g_weights, g_given
 
@@ -93,6 +82,6 @@ def _scratch(config: ModelConfig, state: int) -> int:
     return 4 * largest_partial_sums(config.mhc_flows, config.hidden_dim) + apart
 
 
-MIXING = Mixing(_settings, _pre, _post_pre, mix_post, _forward, _backward, mix_post_reduce, _scratch)
+MIXING = Mixing(_settings, _pre, _post_pre, stages.combine, _forward, _backward, mix_post_reduce, _scratch)
 TRITON = REFERENCE._replace(mixing=MIXING)
 """`fn.forward(params, tokens, config, kernels=TRITON)`: the reference, mixed by Triton kernels."""

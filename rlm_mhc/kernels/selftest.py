@@ -9,11 +9,8 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.mhc import mhc_aggregate, mhc_combine, mhc_mappings
 from rlm_mhc.fn.norm import rms_norm
-from rlm_mhc.kernels.mix_post import mix_post
-from rlm_mhc.kernels.mix_post_pre import mix_post_pre
-from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre
-from rlm_mhc.kernels.single_pass import single_pass_post_pre, single_pass_pre
-from rlm_mhc.kernels.sub_layer import single_pass_sub_layer, sub_layer
+from rlm_mhc.kernels import stages
+from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.params import MHCParams
 from rlm_mhc.variants import PRESETS
 
@@ -69,19 +66,23 @@ def draw_inputs(
     return {argument: drawn[argument].to(device) for argument in ARGUMENTS[name]}
 
 
+STAGES = {
+    "mix_pre": (stages.pre_stage, False),
+    "mix_post_pre": (stages.post_pre_stage, False),
+    "single_pass_pre": (stages.pre_stage, True),
+    "single_pass_post_pre": (stages.post_pre_stage, True),
+    "sub_layer": (stages.sub_layer_stage, False),
+    "single_pass_sub_layer": (stages.sub_layer_stage, True),
+}
+
+
 def fused(name: str, settings: Settings) -> Callable[..., tuple[Tensor, ...]]:
     """The fused op of a name as a function of its arguments in their order."""
     if name == "mix_post":
-        return lambda *inputs: (mix_post(*inputs),)
-    run: Any = {
-        "mix_pre": mix_pre,
-        "mix_post_pre": mix_post_pre,
-        "single_pass_pre": single_pass_pre,
-        "single_pass_post_pre": single_pass_post_pre,
-        "sub_layer": sub_layer,
-        "single_pass_sub_layer": single_pass_sub_layer,
-    }[name]
-    return lambda *inputs: run(*inputs[:-4], Weights(*inputs[-4:]), settings)
+        return lambda *inputs: (stages.combine(*inputs),)
+    make, early = STAGES[name]
+    run = stages.function(make(settings, early), name, len(OUTPUTS[name]))
+    return lambda *inputs: run(inputs[-4:], *inputs[:-4])
 
 
 def reference(name: str, settings: Settings, rounded: torch.dtype | None = None) -> Callable[..., tuple[Tensor, ...]]:

@@ -7,8 +7,9 @@ What is kept of a block is the input of each stage. The backward of a stage that
 product again, so with `remat="none"` no product with a weight and no attention is computed twice.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,20 @@ from rlm_mhc.fn.attention import heads
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.mlp import swiglu
 from rlm_mhc.params import MLP, Linear, weight_table
-from rlm_mhc.program.attention import attention_stage
 from rlm_mhc.program.hyper import hyper
 from rlm_mhc.program.mixing import Site, mixed_block
-from rlm_mhc.program.stage import Stage, chain, residual, stage
+from rlm_mhc.stage import Stage, bring_stage, chain, residual, stage, stage_of
+from rlm_mhc.stage.attention import attention_stage
 from rlm_mhc.tree import named_leaves, rebuild
 
-MLP_PARTS = ("gate", "up", "down")
-ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
+SITES = (("attn_mhc", "input_layernorm.weight"), ("mlp_mhc", "post_attention_layernorm.weight"))
+
+
+class Prelude(NamedTuple):
+    """What a sub-layer does first: `run(*weights, u)`, and the names of these weights."""
+
+    run: Callable[..., Tensor]
+    names: tuple[str, ...]
 
 
 def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = True) -> Stage:
@@ -36,71 +43,78 @@ def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = T
     It keeps the input of every inner stage, with `keep_streams=False` all but the streams between its two halves.
     With `kernels.mixing` see `mixed_block`.
     """
+    mixed = config.mhc_enabled and kernels.mixing is not None
+    preludes = [_prelude(config, kernels, norm, normed=mixed) for _, norm in SITES]
+    branches = [part(config, kernels, prelude) for part, prelude in zip((_attention, _mlp), preludes, strict=True)]
     if config.mhc_enabled and kernels.mixing is not None:
-        attention, mlp = (part(config, kernels, normed=True) for part in (_attention, _mlp))
-        first, second = Site("attn_mhc", ATTENTION_NORM, attention), Site("mlp_mhc", MLP_NORM, mlp)
+        first, second = (Site(site, norm, branch) for (site, norm), branch in zip(SITES, branches, strict=True))
         return mixed_block(first, second, config, kernels.mixing, keep_streams)
-    sites = (("attn_mhc", _attention(config, kernels)), ("mlp_mhc", _mlp(config, kernels)))
     if config.mhc_enabled:
-        parts = [hyper(site, branch, config, kernels) for site, branch in sites]
+        parts = [hyper(site, branch, config, kernels) for (site, _), branch in zip(SITES, branches, strict=True)]
     else:
-        parts = [residual(branch) for _, branch in sites]
+        parts = [residual(branch) for branch in branches]
     return chain(*parts, keep=keep_streams)
 
 
-def _attention(config: ModelConfig, kernels: Kernels, *, normed: bool = False) -> Stage:
-    """With `normed` of an input that is normed already."""
+def _prelude(config: ModelConfig, kernels: Kernels, norm: str, normed: bool) -> Prelude:
+    """The norm before a sub-layer; with `normed` nothing, its input being normed already."""
+    if normed:
+        return Prelude(lambda u: u, ())
+    return Prelude(lambda scale, u: kernels.rms_norm(u, scale, config.norm_eps), (norm,))
+
+
+def _attention(config: ModelConfig, kernels: Kernels, prelude: Prelude) -> Stage:
     norm = partial(kernels.rms_norm, eps=config.norm_eps)
     before = weight_table(config).layers[0].self_attn._replace(o_proj=())
     names = [f"self_attn.{name}" for name in named_leaves(before)]
+    first = len(prelude.names)
 
     def project(*rest: Tensor) -> Any:
-        *weights, cos, sin, x = rest
-        return heads(rebuild(before, iter(weights)), x, cos, sin, norm)
-
-    def norm_and_project(scale: Tensor, *rest: Tensor) -> Any:
-        *weights, u = rest
-        return project(*weights, norm(u, scale))
+        *weights, cos, sin, u = rest
+        x = prelude.run(*weights[:first], u)
+        return heads(rebuild(before, iter(weights[first:])), x, cos, sin, norm)
 
     def merge(o: Tensor, heads: Tensor) -> Tensor:
         return F.linear(rearrange(heads, "... h s d -> ... s (h d)"), o)
 
-    start = (project,) if normed else (norm_and_project, ATTENTION_NORM)
     return chain(
-        stage(*start, *names, constants=("cos", "sin")),
+        stage(project, *prelude.names, *names, constants=("cos", "sin")),
         attention_stage(kernels.attention),
         stage(merge, "self_attn.o_proj.weight"),
     )
 
 
-def _mlp(config: ModelConfig, kernels: Kernels, *, normed: bool = False) -> Stage:
-    """With `normed` of an input that is normed already."""
-    eps = config.norm_eps
-    gate, up, down = (f"mlp.{name}_proj.weight" for name in MLP_PARTS)
-    if kernels.swiglu is not swiglu:
-        run = kernels.swiglu
+def _mlp(config: ModelConfig, kernels: Kernels, prelude: Prelude) -> Stage:
+    names = tuple(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    if build := stage_of(kernels.swiglu):
+        return build(prelude, names)
+    first = len(prelude.names)
 
-        def whole(gate: Tensor, up: Tensor, down: Tensor, x: Tensor) -> Tensor:
-            return run(MLP(Linear(gate), Linear(up), Linear(down)), x)
+    def whole(*rest: Tensor) -> Tensor:
+        *weights, u = rest
+        return kernels.swiglu(MLP(*map(Linear, weights[first:])), prelude.run(*weights[:first], u))
 
-        def norm_and_whole(norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, u: Tensor) -> Tensor:
-            return whole(gate, up, down, kernels.rms_norm(u, norm, eps))
+    return stage(whole, *prelude.names, *names)
 
-        return stage(whole, gate, up, down) if normed else stage(norm_and_whole, MLP_NORM, gate, up, down)
 
-    def widen(gate: Tensor, up: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_stage(prelude: Prelude, names: tuple[str, str, str]) -> Stage:
+    """The stage that `fn.swiglu` brings: no product is computed again in its backward."""
+    *of_input, down = names
+
+    def gate_and_up(*rest: Tensor) -> tuple[Tensor, Tensor]:
+        *scale, gate, up, u = rest
+        x = prelude.run(*scale, u)
         return F.linear(x, gate), F.linear(x, up)
 
-    def norm_and_widen(norm: Tensor, gate: Tensor, up: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return widen(gate, up, kernels.rms_norm(u, norm, eps))
-
-    def narrow(down: Tensor, gate_and_up: tuple[Tensor, Tensor]) -> Tensor:
-        gate, up = gate_and_up
+    def narrow(down: Tensor, inner: tuple[Tensor, Tensor]) -> Tensor:
+        gate, up = inner
         # silu written out: its derivative then reads the same sigmoid, where that of F.silu computes another.
         return F.linear(gate * torch.sigmoid(gate) * up, down)
 
-    start = stage(widen, gate, up) if normed else stage(norm_and_widen, MLP_NORM, gate, up)
-    return chain(start, stage(narrow, down))
+    return chain(stage(gate_and_up, *prelude.names, *of_input), stage(narrow, down))
+
+
+bring_stage(swiglu, _swiglu_stage)
 
 
 def residual_mappings(kept: Any, config: ModelConfig) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from rlm_mhc.params import Embedding, Linear, LMParams, MHCHead, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
 from rlm_mhc.program.compile import compile_whole
 from rlm_mhc.program.monitors import Sampled, sample
-from rlm_mhc.program.stage import Weights, recompute
+from rlm_mhc.stage import Weights, recompute
 from rlm_mhc.tree import tree_map
 
 Announce = Callable[[int, int, str], object]

@@ -18,7 +18,7 @@ from rlm_mhc.program.functions import Announce, Functions, make_functions, store
 from rlm_mhc.program.microbatch import run_microbatch
 from rlm_mhc.program.monitors import Sampled
 from rlm_mhc.program.parametrization import Parametrization, constant
-from rlm_mhc.program.stage import Weights
+from rlm_mhc.stage import Weights
 from rlm_mhc.tree import named_leaves, ravel, rebuild, size, tree_leaves, tree_map, unravel
 
 Reduce = Callable[[Tensor], Any]

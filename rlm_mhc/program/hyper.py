@@ -1,6 +1,5 @@
 """A hyper-connection as a stage: mappings, aggregate, the sub-layer, combine, and all their backwards."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,28 +7,20 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
-from rlm_mhc.fn.mhc import EarlyPre, activate, mhc_mappings
+from rlm_mhc.fn.mhc import EarlyPre, MHCMappings, activate, mhc_mappings
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.product import without_autocast
 from rlm_mhc.fn.projections import project
-from rlm_mhc.kernels.sinkhorn import sinkhorn, sinkhorn_backward
+from rlm_mhc.kernels.sinkhorn import sinkhorn_stage
 from rlm_mhc.params import MHCParams
-from rlm_mhc.program.stage import Grads, Stage, Weights, pullback, stage
+from rlm_mhc.stage import Grads, Stage, Weights, bring_stage, pullback, stage, stage_of
 from rlm_mhc.variants import PRESETS
-
-
-class Mappings(NamedTuple):
-    """`pre, post [*b, n]`, `res [*b, n, n]`."""
-
-    pre: Tensor
-    post: Tensor
-    res: Tensor
 
 
 class HyperKept(NamedTuple):
     """Of one sub-layer: its mappings, its output, and what mappings and sub-layer keep for themselves."""
 
-    mappings: Mappings
+    mappings: MHCMappings
     output: Tensor
     of_mappings: Any
     of_branch: Any
@@ -61,7 +52,7 @@ def hyper(site: str, branch: Stage, config: ModelConfig, kernels: Kernels) -> St
         u, pull_aggregate = pullback(aggregate, streams, given if early else m.pre)
         grads, g_u = branch.backward(weights, u, kept.of_branch, g_output)
         g_aggregate, g_pre = pull_aggregate(g_u)
-        g_m = Mappings(g_next if early else g_pre, g_post, g_res)
+        g_m = MHCMappings(g_next if early else g_pre, g_post, g_res)
         own, g_mappings = mappings.backward(weights, streams, kept.of_mappings, g_m)
         g_x = g_combine + g_aggregate + g_mappings
         return grads | own, EarlyPre(g_x, g_pre) if early else g_x
@@ -75,36 +66,42 @@ def hyper(site: str, branch: Stage, config: ModelConfig, kernels: Kernels) -> St
 
 
 def mappings_stage(site: str, config: ModelConfig, kernels: Kernels) -> Stage:
-    """`x -> Mappings`: in two hand-written halves for `fn.mhc_mappings`, derived for any other function."""
+    """`x -> MHCMappings`: the stage that the kernel brings, or one derived from it."""
     names = tuple(f"{site}.{field}" for field in MHCParams._fields)
+    run = kernels.mhc_mappings
+    if build := stage_of(run, config.mhc_options):
+        return build(names, config)
+
+    def mapped(phi: Tensor, alpha: Tensor, bias: Tensor, x: Tensor) -> MHCMappings:
+        return MHCMappings(*run(MHCParams(phi, alpha, bias), x, **config.mhc_options))
+
+    return stage(mapped, *names)
+
+
+def _mappings_stage(names: tuple[str, ...], config: ModelConfig) -> Stage:
+    """The stage that `fn.mhc_mappings` brings; it keeps the product with `phi` and the norm."""
     n, preset, eps = config.mhc_flows, config.mhc_preset, config.norm_eps
-    if kernels.mhc_mappings is not mhc_mappings:
-        run = kernels.mhc_mappings
-
-        def mapped(phi: Tensor, alpha: Tensor, bias: Tensor, x: Tensor) -> Mappings:
-            return Mappings(*run(MHCParams(phi, alpha, bias), x, **config.mhc_options))
-
-        return stage(mapped, *names)
-
-    to_res, pull_res = projection_halves(config)
+    projection = projection_stage(config)
 
     def activated(h: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return activate(h, alpha, bias, n, preset)
 
-    def forward(weights: Weights, x: Tensor) -> tuple[Mappings, tuple[Tensor, Tensor]]:
+    def forward(weights: Weights, x: Tensor) -> tuple[MHCMappings, tuple[Tensor, Tensor]]:
         phi, alpha, bias = (weights[name] for name in names)
         flat = widen(x.flatten(-2))
         scale = torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
         with without_autocast(x.device.type):
             h = scale * (flat @ phi.to(flat.dtype))
         pre, post, raw = activated(h, alpha, bias)
-        return Mappings(pre, post, to_res(raw)), (h, scale)
+        return MHCMappings(pre, post, projection.forward({}, raw)[0]), (h, scale)
 
-    def backward(weights: Weights, x: Tensor, kept: tuple[Tensor, Tensor], cotangent: Mappings) -> tuple[Grads, Tensor]:
+    def backward(
+        weights: Weights, x: Tensor, kept: tuple[Tensor, Tensor], cotangent: MHCMappings
+    ) -> tuple[Grads, Tensor]:
         phi, alpha, bias = (weights[name] for name in names)
         h, scale = kept
         (_, _, raw), pull = pullback(activated, h, alpha, bias)
-        g_raw = pull_res(raw, widen(cotangent.res))
+        _, g_raw = projection.backward({}, raw, (), widen(cotangent.res))
         g_h, g_alpha, g_bias = pull((widen(cotangent.pre), widen(cotangent.post), g_raw))
         # h = scale · (flat @ phi), and the derivative of scale by flat is -scale³ · flat / size.
         flat = widen(x.flatten(-2))
@@ -119,18 +116,18 @@ def mappings_stage(site: str, config: ModelConfig, kernels: Kernels) -> Stage:
     return Stage(forward, backward)
 
 
-def projection_halves(
-    config: ModelConfig,
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """`res` of its raw numbers, and their cotangent from them and that of `res`."""
+bring_stage(mhc_mappings, _mappings_stage)
+
+
+def projection_stage(config: ModelConfig) -> Stage:
+    """`raw [*b, k] -> res [*b, n, n]`; it keeps nothing."""
     n, iters, eps = config.mhc_flows, config.mhc_sinkhorn_iters, PRESETS[config.mhc_preset].eps
-    if config.projection == "sinkhorn":
-        return (
-            lambda raw: sinkhorn(raw.unflatten(-1, (n, n)), iters, eps),
-            lambda raw, g: sinkhorn_backward(raw.unflatten(-1, (n, n)), g, iters, eps).flatten(-2),
-        )
+    if config.projection != "sinkhorn":
+        return stage(lambda raw: project(raw, n, config.projection))
+    square = sinkhorn_stage(iters, eps)
 
-    def run(raw: Tensor) -> Tensor:
-        return project(raw, n, config.projection)
+    def backward(weights: Weights, raw: Tensor, residuals: Any, cotangent: Tensor) -> tuple[Grads, Tensor]:
+        grads, g = square.backward(weights, raw.unflatten(-1, (n, n)), residuals, cotangent)
+        return grads, g.flatten(-2)
 
-    return run, lambda raw, g: pullback(run, raw)[1](g)[0]
+    return Stage(lambda weights, raw: square.forward(weights, raw.unflatten(-1, (n, n))), backward)

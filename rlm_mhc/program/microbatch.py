@@ -13,7 +13,7 @@ from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Functions
 from rlm_mhc.program.head import run_head
 from rlm_mhc.program.monitors import Sampled, join
-from rlm_mhc.program.stage import Weights
+from rlm_mhc.stage import Weights
 
 
 def run_microbatch(

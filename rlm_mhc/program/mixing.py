@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Mixing
-from rlm_mhc.fn.mhc import EarlyPre
+from rlm_mhc.fn.mhc import EarlyPre, MHCMappings
 from rlm_mhc.params import MHCParams
-from rlm_mhc.program.hyper import HyperKept, Mappings
-from rlm_mhc.program.stage import Grads, Stage, Weights
+from rlm_mhc.program.hyper import HyperKept
+from rlm_mhc.stage import Grads, Stage, Weights
 from rlm_mhc.variants import PRESETS
 
 
@@ -48,7 +48,7 @@ def mixed_block(first: Site, second: Site, config: ModelConfig, mixing: Mixing, 
         streams, mapped = mixing.forward(streams, own, settings, given, combined)
         normed, pre, post, res, *rest = mapped
         output, inner = site.branch.forward(weights, normed)
-        return streams, HyperKept(Mappings(pre, post, res), output, tuple(rest), (normed, inner))
+        return streams, HyperKept(MHCMappings(pre, post, res), output, tuple(rest), (normed, inner))
 
     def forward(weights: Weights, x: Any) -> tuple[Any, Any]:
         streams, given = x if early else (x, None)

@@ -6,7 +6,7 @@ import torch
 from rlm_mhc import fn
 from rlm_mhc.fn.layout import overlap, unshared
 from rlm_mhc.kernels.sinkhorn import sinkhorn
-from rlm_mhc.program.attention import SDPA
+from rlm_mhc.stage.attention import SDPA
 from rlm_mhc.testing import small_config
 
 
@@ -28,16 +28,16 @@ def heads(count, s=7, b=2, dtype=torch.float32):
 )  # fmt: skip
 def test_attention_that_would_read_other_memory_is_refused(q, k, v, message):
     with pytest.raises(ValueError, match=message):
-        SDPA.forward(q, k, v)
+        SDPA.forward({}, (q, k, v))
     with pytest.raises(ValueError, match=message):
-        SDPA.backward((q, k, v), (q, q[..., 0]), q)
+        SDPA.backward({}, (q, k, v), (q, q[..., 0]), q)
 
 
 def test_a_cotangent_of_another_size_is_refused():
     q, k = heads(4), heads(2)
-    out, saved = SDPA.forward(q, k, k)
+    out, saved = SDPA.forward({}, (q, k, k))
     with pytest.raises(ValueError, match=r"cotangent torch\.float32 \[2, 4, 3, 8\]: expected float32 \[2, 4, 7, 8\]"):
-        SDPA.backward((q, k, k), saved, out[:, :, :3])
+        SDPA.backward({}, (q, k, k), saved, out[:, :, :3])
 
 
 @pytest.mark.parametrize(

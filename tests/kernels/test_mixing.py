@@ -7,7 +7,6 @@ from rlm_mhc import fn
 from rlm_mhc.fn.layout import aligned
 from rlm_mhc.kernels import selftest
 from rlm_mhc.kernels.mix_pre import Settings, Weights, mix_pre, mix_pre_backward, tiling
-from rlm_mhc.kernels.mix_pre.op import mix_pre as raw_mix_pre
 from rlm_mhc.kernels.selftest import ARGUMENTS, OUTPUTS, draw_inputs, fused, reference
 from rlm_mhc.testing import assert_as_accurate, small_config
 from rlm_mhc.testing.models import double
@@ -202,7 +201,7 @@ def test_a_cotangent_of_the_combined_streams_joins_by_the_transpose(device):
     for n in (3, 5):
         inputs = draw_inputs("mix_pre", n, 48, 9, torch.float32, device)
         streams, weights = inputs["streams"], Weights(*(inputs[key] for key in Weights._fields))
-        kept = raw_mix_pre(streams, weights, PLAIN)
+        kept = mix_pre(streams, weights, PLAIN)
         zero = (torch.zeros_like(kept.normed), None, torch.zeros_like(kept.post), torch.zeros_like(kept.res))
         res, more = torch.randn_like(kept.res), torch.randn_like(streams)
         actual, _ = mix_pre_backward(streams, weights, kept, zero, PLAIN, more=more, res=res)

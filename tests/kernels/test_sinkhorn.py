@@ -112,7 +112,7 @@ def test_its_own_backward_is_the_one_that_runs(gradient_of, monkeypatch):
     torch.testing.assert_close(actual, expected)
     assert expected.abs().max() > 1e-2
 
-    module = __import__("rlm_mhc.kernels.sinkhorn.function", fromlist=["sinkhorn_backward"])
+    module = __import__("rlm_mhc.kernels.sinkhorn.stage", fromlist=["sinkhorn_backward"])
     monkeypatch.setattr(module, "sinkhorn_backward", lambda x, g, k, eps: 3 * sinkhorn_backward(x, g, k, eps))
     torch._dynamo.reset()
     torch.testing.assert_close(gradient_of(lambda x: loss(sinkhorn_knopp, x), logits), 3 * expected)

@@ -1,6 +1,7 @@
 """What the compiled functions compute, and how often: products and attentions counted in their traced graphs."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -24,18 +25,26 @@ def operations(f, *arguments):
     return counts["product"], sorted(attention.values()), sorted(attention)
 
 
-def arguments_of(config, remat):
+def arguments_of(config, remat, kernels=fn.REFERENCE):
     params = fn.init(config)
-    functions = make_functions(config, fn.REFERENCE, remat)
+    functions = make_functions(config, kernels, remat)
     cos, sin = fn.rotary_table(torch.arange(16), config.head_width)
     weights = named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}
     hidden = functions.embed(params.embed_tokens.weight, random_batch(config, 2, 16).tokens)
     return functions, params, weights, hidden + 0.1 * torch.randn_like(hidden)
 
 
+PARTIALS = fn.REFERENCE._replace(
+    attention=partial(fn.causal_attention),
+    swiglu=partial(partial(fn.swiglu)),
+    mhc_mappings=partial(fn.mhc_mappings, num_iters=3),  # which the program names itself
+)
+
+
 @pytest.mark.parametrize(("mhc", "phi_forward", "phi_backward"), [(False, 0, 0), (True, 2, 4)])
-def test_no_product_with_a_weight_and_no_attention_is_computed_twice(mhc, phi_forward, phi_backward):
-    functions, _, weights, hidden = arguments_of(small_config(mhc_enabled=mhc), "none")
+@pytest.mark.parametrize("kernels", [fn.REFERENCE, PARTIALS], ids=["reference", "partials"])
+def test_no_product_with_a_weight_and_no_attention_is_computed_twice(mhc, phi_forward, phi_backward, kernels):
+    functions, _, weights, hidden = arguments_of(small_config(mhc_enabled=mhc), "none", kernels)
     forward, _, names = operations(functions.forward, weights, hidden)
     assert forward == 7 + phi_forward  # q, k, v, o, gate, up, down
     assert names == ["_scaled_dot_product_flash_attention_for_cpu"]

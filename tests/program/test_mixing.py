@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from rlm_mhc import fn
-from rlm_mhc.fn.kernels import Differentiable
 from rlm_mhc.kernels.mixing import TRITON
 from rlm_mhc.program.functions import make_functions
 from rlm_mhc.program.gradients import make_gradients
+from rlm_mhc.stage import Stage, Staged
 from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
 from rlm_mhc.testing.models import disturbed, double
 from rlm_mhc.tree import tree_map
@@ -75,15 +75,15 @@ def test_attention_by_two_halves_goes_with_it(device):
     config, params, batch, _, _ = case(device, num_layers=1)
     calls = []
 
-    def forward(q, k, v):
+    def forward(weights, qkv):
         calls.append("forward")
-        return fn.causal_attention(q, k, v), ()
+        return fn.causal_attention(*qkv), ()
 
-    def backward(inputs, saved, g):
+    def backward(weights, qkv, saved, g):
         calls.append("backward")
-        return torch.func.vjp(fn.causal_attention, *inputs)[1](g)
+        return {}, torch.func.vjp(fn.causal_attention, *qkv)[1](g)
 
-    own = TRITON._replace(attention=Differentiable(fn.causal_attention, forward, backward))
+    own = TRITON._replace(attention=Staged(fn.causal_attention, Stage(forward, backward)))
     of_program(config, params, batch, own)
     assert calls == ["forward", "backward"]
 

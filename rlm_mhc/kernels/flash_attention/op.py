@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlm_mhc.fn.kernels import Differentiable
 from rlm_mhc.fn.layout import packed, require_heads, require_shape
+from rlm_mhc.stage import Grads, Stage, Staged, Weights
 
 NO_WINDOW = -1
+Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def require_flash_attention(head_dim: int) -> None:
@@ -43,11 +44,11 @@ def _function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v, causal=True).transpose(-2, -3)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+def _forward(weights: Weights, qkv: Heads) -> tuple[Tensor, Any]:
     from flash_attn.flash_attn_interface import _flash_attn_forward
 
-    require_heads(q, k, v)
-    q, k, v = (packed(x.transpose(-2, -3)) for x in (q, k, v))
+    require_heads(*qkv)
+    q, k, v = (packed(x.transpose(-2, -3)) for x in qkv)
     scale = 1 / math.sqrt(q.shape[-1])
     out, lse, _, random_state = _flash_attn_forward(
         q, k, v, 0.0, scale, True, NO_WINDOW, NO_WINDOW, 0.0, None, return_softmax=False
@@ -55,13 +56,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
     return out.transpose(-2, -3), (out, lse, random_state)
 
 
-def _backward(inputs: tuple[Tensor, Tensor, Tensor], saved: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
+def _backward(weights: Weights, qkv: Heads, saved: Any, cotangent: Tensor) -> tuple[Grads, Heads]:
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     out, lse, random_state = saved
-    require_heads(*inputs)
-    require_shape("cotangent", cotangent, inputs[0].device, tuple(inputs[0].shape), inputs[0].dtype)
-    q, k, v, g = (packed(x.transpose(-2, -3)) for x in (*inputs, cotangent))
+    require_heads(*qkv)
+    require_shape("cotangent", cotangent, qkv[0].device, tuple(qkv[0].shape), qkv[0].dtype)
+    q, k, v, g = (packed(x.transpose(-2, -3)) for x in (*qkv, cotangent))
     gq, gk, gv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scale = 1 / math.sqrt(q.shape[-1])
     _flash_attn_backward(
@@ -84,8 +85,8 @@ def _backward(inputs: tuple[Tensor, Tensor, Tensor], saved: Any, cotangent: Tens
         True,
         rng_state=random_state,
     )
-    return tuple(x.transpose(-2, -3) for x in (gq, gk, gv))
+    return {}, (gq.transpose(-2, -3), gk.transpose(-2, -3), gv.transpose(-2, -3))
 
 
-flash_attention = Differentiable(_function, _forward, _backward)
+flash_attention = Staged(_function, Stage(_forward, _backward))
 """`(q, k, v)` as `fn.causal_attention`, fp16 or bf16 on CUDA: `REFERENCE._replace(attention=flash_attention)`."""

@@ -1,7 +1,7 @@
 """The combine `streams'[i] = Σ_j res[i, j] · streams[j] + post[i] · output` and its backward, as raw library ops.
 
 README.md beside this file derives the backward and counts the bytes. None of them has a derivative of its own;
-`function.py` joins them.
+`rlm_mhc/kernels/stages.py` joins them.
 """
 
 import torch

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rlm_mhc.fn.layout import require_shape
 from rlm_mhc.kernels.launch import require_triton
-from rlm_mhc.kernels.mix_post.op import mix_post_backward
 from rlm_mhc.kernels.mix_pre.op import (
     FP32,
     Mapped,
@@ -19,7 +18,6 @@ from rlm_mhc.kernels.mix_pre.op import (
     Weights,
     check,
     fake_forward,
-    mix_pre_backward,
     run_forward,
 )
 
@@ -38,19 +36,6 @@ def mix_post_pre(
     check_combined(streams, output, post, res, weights, settings)
     mixed, *mapped = torch.ops.rlm_mhc.mix_post_pre(streams, output, post, res, *weights, *settings)
     return mixed, Mapped(*mapped)
-
-
-def mix_post_pre_backward(
-    before: tuple[Tensor, Tensor, Tensor, Tensor],
-    weights: Weights,
-    mixed: Tensor,
-    kept: Mapped,
-    cotangents: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
-    settings: Settings,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Weights]:
-    """The cotangents of streams, output, post, res, and of the weights, from those of mixed, normed, pre, post, res."""
-    g_mixed, g_weights = mix_pre_backward(mixed, weights, kept, cotangents[1:], settings, more=cotangents[0])
-    return mix_post_backward(*before, g_mixed), g_weights
 
 
 def check_combined(

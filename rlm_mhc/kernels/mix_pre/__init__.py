@@ -1,6 +1,5 @@
 """The mappings of a sub-layer and its normed input."""
 
-from rlm_mhc.kernels.mix_pre.function import mix_pre
-from rlm_mhc.kernels.mix_pre.op import Mapped, Settings, Weights, mix_pre_backward
+from rlm_mhc.kernels.mix_pre.op import Mapped, Settings, Weights, mix_pre, mix_pre_backward
 
 __all__ = ["Mapped", "Settings", "Weights", "mix_pre", "mix_pre_backward"]

@@ -1,7 +1,7 @@
 """From the streams to a sub-layer's mappings and its normed input, and the backward, as raw library ops.
 
 README.md beside this file derives the backward and counts the bytes. None of them has a derivative of its own;
-`function.py` joins them.
+`rlm_mhc/kernels/stages.py` joins them.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """`mix_pre` and `mix_post_pre` where `pre` is known beforehand, so that one pass over the streams suffices.
 
-Raw library ops; `function.py` joins them with their backward. The mappings are computed all the same: their `pre` is
-for the next sub-layer, and is another one than the `given` that aggregates here.
+Raw library ops; `rlm_mhc/kernels/stages.py` joins them with their backward. The mappings are computed all the same:
+their `pre` is for the next sub-layer, and is another one than the `given` that aggregates here.
 """
 
 from typing import Any

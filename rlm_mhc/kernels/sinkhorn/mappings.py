@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from rlm_mhc.fn.mhc import MHCMappings, mhc_mappings, unprojected
-from rlm_mhc.kernels.sinkhorn.function import sinkhorn_knopp
+from rlm_mhc.kernels.sinkhorn.stage import sinkhorn_knopp
 from rlm_mhc.params import MHCParams
 from rlm_mhc.variants import preset_named
 

@@ -1,6 +1,6 @@
 """`fn.sinkhorn_knopp` and the gradient of its finite iteration, as one library op each on the CPU.
 
-See README.md beside this file for the derivation. Neither has a derivative of its own; `function.py` joins them.
+See README.md beside this file for the derivation. Neither has a derivative of its own; `stage.py` joins them.
 """
 
 import ctypes

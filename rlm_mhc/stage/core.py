@@ -5,7 +5,9 @@ its backward needs besides that input; what the backward cannot do without is th
 gets the backward as one function drops whatever of a recomputed forward is not used.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 Weights = Mapping[str, Tensor]
 Grads = dict[str, Tensor]
+_BROUGHT: dict[Any, Any] = {}
 
 
 class Stage(NamedTuple):
@@ -26,6 +29,43 @@ class Stage(NamedTuple):
     forward: Callable[[Weights, Any], tuple[Any, Any]]
     backward: Callable[[Weights, Any, Any, Any], tuple[Grads, Any]]
     replay: Callable[[Any, Any], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A function that brings its stage: called, it is `function(*inputs)`; the program runs `stage`.
+
+    >>> double = Staged(lambda x: 2 * x, stage(lambda x: 2 * x))
+    >>> double(3), stage_of(double) is double.stage
+    (6, True)
+    """
+
+    function: Callable[..., Any]
+    stage: Any
+
+    def __call__(self, *inputs: Any) -> Any:
+        """`function(*inputs)`."""
+        return self.function(*inputs)
+
+
+def bring_stage(function: Callable[..., Any], brought: Any) -> None:
+    """Have `stage_of(function)` return `brought`: a stage, or a function that builds one."""
+    _BROUGHT[function] = brought
+
+
+def stage_of(function: Callable[..., Any], overridden: Collection[str] = ()) -> Any:
+    """Return what a function brings: its stage, or a function that builds one; None if it brings nothing.
+
+    A `partial` brings what its function does, if all that it binds are keywords that the caller passes anyway.
+
+    >>> stage_of(abs) is None
+    True
+    """
+    while isinstance(function, functools.partial):
+        if function.args or set(function.keywords) - set(overridden):
+            return None
+        function = function.func
+    return function.stage if isinstance(function, Staged) else _BROUGHT.get(function)
 
 
 def pullback(f: Callable[..., Any], *inputs: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.fn.attention import causal_attention
-from rlm_mhc.fn.kernels import Differentiable
 from rlm_mhc.fn.layout import require_heads, require_shape, rows
 from rlm_mhc.fn.norm import widen
-from rlm_mhc.program.stage import Stage, Weights, stage
+from rlm_mhc.stage.core import Grads, Stage, Weights, bring_stage, stage, stage_of
 
 aten = torch.ops.aten
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -27,21 +26,10 @@ SMALL_GPUS, SMALL_GPU_HEAD_DIM = ((8, 6), (8, 9), (12, 0)), 192
 def attention_stage(kernel: Any) -> Stage:
     """The stage `(q, k, v) -> output` of an attention function.
 
-    For `fn.causal_attention` and for a `Differentiable` it runs their two halves; of any other function the backward
-    is derived, so that the forward runs again in it.
+    A kernel that brings a stage is run by that; of any other function the backward is derived, so that the forward runs
+    again in it.
     """
-    if kernel is causal_attention:
-        kernel = SDPA
-    if not isinstance(kernel, Differentiable):
-        return stage(lambda qkv: kernel(*qkv))
-
-    def forward(weights: Weights, qkv: Heads) -> tuple[Tensor, Any]:
-        return kernel.forward(*qkv)
-
-    def backward(weights: Weights, qkv: Heads, kept: Any, cotangent: Tensor) -> tuple[dict, Heads]:
-        return {}, tuple(kernel.backward(qkv, kept, cotangent))
-
-    return Stage(forward, backward)
+    return stage_of(kernel) or stage(lambda qkv: kernel(*qkv))
 
 
 def _choose(q: Tensor) -> str:
@@ -57,7 +45,8 @@ def _choose(q: Tensor) -> str:
     return "plain"
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+def _forward(weights: Weights, qkv: Heads) -> tuple[Tensor, Any]:
+    q, k, v = qkv
     require_heads(q, k, v)
     q, k, v = (rows(x) for x in (q, k, v))
     kind = _choose(q)
@@ -72,20 +61,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
         k, v = _repeat(k, q), _repeat(v, q)
         result = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
         return result[0], tuple(result)
-    return _plain_forward(q, k, v)
+    return _plain_forward({}, (q, k, v))
 
 
-def _backward(qkv: Heads, saved: Any, cotangent: Tensor) -> Heads:
+def _backward(weights: Weights, qkv: Heads, saved: Any, cotangent: Tensor) -> tuple[Grads, Heads]:
     require_heads(*qkv)
     require_shape("cotangent", cotangent, qkv[0].device, tuple(qkv[0].shape), qkv[0].dtype)
     cotangent, q, k, v = (rows(x) for x in (cotangent, *qkv))
     kind = _choose(q)
     if kind == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(cotangent, q, k, v, *saved, 0.0, True)
+        return {}, aten._scaled_dot_product_flash_attention_for_cpu_backward(cotangent, q, k, v, *saved, 0.0, True)
     if kind == "flash":
         out, lse, seed, offset = saved
         s = q.shape[-2]
-        return aten._scaled_dot_product_flash_attention_backward(
+        return {}, aten._scaled_dot_product_flash_attention_backward(
             cotangent, q, k, v, out, lse, None, None, s, s, 0.0, True, seed, offset
         )
     if kind == "efficient":
@@ -94,18 +83,21 @@ def _backward(qkv: Heads, saved: Any, cotangent: Tensor) -> Heads:
         gq, gk, gv, _ = aten._scaled_dot_product_efficient_attention_backward(
             cotangent, q, _repeat(k, q), _repeat(v, q), None, out, lse, seed, offset, 0.0, mask, True
         )
-        return gq, _sum_groups(gk, k), _sum_groups(gv, v)
-    return _plain_backward((q, k, v), saved, cotangent)
+        return {}, (gq, _sum_groups(gk, k), _sum_groups(gv, v))
+    return _plain_backward(weights, (q, k, v), saved, cotangent)
 
 
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _plain_forward(weights: Weights, qkv: Heads) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    q, k, v = qkv
     scores = _scores(q, k)
     lse = scores.logsumexp(-1)
     out = (scores - lse.unsqueeze(-1)).exp().to(v.dtype) @ _repeat(v, q)
     return out, (out, lse)
 
 
-def _plain_backward(qkv: Heads, saved: tuple[Tensor, Tensor], cotangent: Tensor) -> Heads:
+def _plain_backward(
+    weights: Weights, qkv: Heads, saved: tuple[Tensor, Tensor], cotangent: Tensor
+) -> tuple[Grads, Heads]:
     q, k, v = qkv
     out, lse = saved
     p = (_scores(q, k) - lse.unsqueeze(-1)).exp()
@@ -114,7 +106,7 @@ def _plain_backward(qkv: Heads, saved: tuple[Tensor, Tensor], cotangent: Tensor)
     inner = (cotangent.to(p.dtype) * out.to(p.dtype)).sum(-1, keepdim=True)
     gs = (p * (gp - inner) / math.sqrt(q.shape[-1])).to(q.dtype)
     gv = p.to(v.dtype).mT @ cotangent
-    return gs @ _repeat(k, q), _sum_groups(gs.mT @ q, k), _sum_groups(gv, v)
+    return {}, (gs @ _repeat(k, q), _sum_groups(gs.mT @ q, k), _sum_groups(gv, v))
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -132,5 +124,5 @@ def _sum_groups(g: Tensor, x: Tensor) -> Tensor:
     return g.unflatten(-3, (x.shape[-3], -1)).sum(-3)
 
 
-SDPA = Differentiable(causal_attention, _forward, _backward)
-PLAIN = Differentiable(causal_attention, _plain_forward, _plain_backward)
+SDPA, PLAIN = Stage(_forward, _backward), Stage(_plain_forward, _plain_backward)
+bring_stage(causal_attention, SDPA)

@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 
-from rlm_mhc.program.stage import chain, pullback, recompute, residual, stage
+from rlm_mhc.stage import Staged, bring_stage, chain, pullback, recompute, residual, stage, stage_of
 from rlm_mhc.testing import assert_trees_close
 
 WEIGHTS = {"a": torch.randn(3, 3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64), "c": torch.ones(3)}
@@ -78,3 +80,19 @@ def test_a_kernel_keeps_its_own_backward(compiled):
 
     run = torch.compile(grads, fullgraph=True) if compiled else grads
     assert_trees_close(run(x, w, g), (3 * g * w, 3 * g * x), 1e-6)
+
+
+def test_a_function_brings_its_stage_and_a_partial_that_of_its_function():
+    def double(x, *, by=2):
+        return by * x
+
+    own = stage(double)
+    assert stage_of(double) is None
+    assert stage_of(Staged(double, own)) is own
+    assert Staged(double, own)(3) == 6
+    bring_stage(double, own)
+    assert stage_of(double) is own
+    assert stage_of(partial(partial(double))) is own
+    assert stage_of(partial(double, by=3)) is None
+    assert stage_of(partial(double, by=3), overridden=("by",)) is own
+    assert stage_of(partial(double, 1.0), overridden=("by",)) is None

@@ -4,8 +4,8 @@ from torch.func import vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlm_mhc import fn
-from rlm_mhc.fn.kernels import Differentiable
-from rlm_mhc.program.attention import PLAIN, SDPA, attention_stage
+from rlm_mhc.stage import Stage, Staged
+from rlm_mhc.stage.attention import PLAIN, SDPA, attention_stage
 from rlm_mhc.testing import assert_as_accurate, assert_trees_close
 
 
@@ -27,7 +27,10 @@ def reference(q, k, v, cotangent):
     return out, pull(cotangent)
 
 
-@pytest.mark.parametrize("kernel", [SDPA, PLAIN, fn.causal_attention, lambda q, k, v: fn.causal_attention(q, k, v)])
+@pytest.mark.parametrize(
+    "kernel",
+    [Staged(None, SDPA), Staged(None, PLAIN), fn.causal_attention, lambda q, k, v: fn.causal_attention(q, k, v)],
+)
 @pytest.mark.parametrize(("h", "kv", "s", "d"), [(4, 4, 7, 8), (4, 2, 1, 2), (6, 1, 33, 6)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_output_and_gradients_equal_the_formula(kernel, h, kv, s, d, transposed):
@@ -46,15 +49,15 @@ def test_output_and_gradients_equal_the_formula(kernel, h, kv, s, d, transposed)
 def test_a_differentiable_kernel_runs_its_own_halves():
     calls = []
 
-    def forward(q, k, v):
+    def forward(weights, qkv):
         calls.append("forward")
-        return v, "saved"
+        return qkv[2], "saved"
 
-    def backward(inputs, saved, cotangent):
+    def backward(weights, qkv, saved, cotangent):
         calls.append(saved)
-        return cotangent, cotangent, cotangent
+        return {}, (cotangent, cotangent, cotangent)
 
-    stage = attention_stage(Differentiable(fn.causal_attention, forward, backward))
+    stage = attention_stage(Staged(fn.causal_attention, Stage(forward, backward)))
     q, k, v, g = heads(1, 1, 3, 2, torch.float32)
     out, kept = stage.forward({}, (q, k, v))
     assert out is v
@@ -72,8 +75,8 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_gpu_kernels_equal_the_formula_in_float64(h, kv, s, d, dtype, tolerance):
     q, k, v, cotangent = (x.cuda().to(dtype) for x in heads(h, kv, s, d, torch.float32))
     expected, grads = reference(*(x.cpu().double() for x in (q, k, v, cotangent)))
-    out, saved = SDPA.forward(q, k, v)
-    actual = (out, *SDPA.backward((q, k, v), saved, cotangent))
+    out, saved = SDPA.forward({}, (q, k, v))
+    actual = (out, *SDPA.backward({}, (q, k, v), saved, cotangent)[1])
     assert_trees_close([x.cpu() for x in actual], [expected, *grads], tolerance)
 
 
