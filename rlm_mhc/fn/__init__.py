@@ -10,7 +10,7 @@ from rlm_mhc.fn.clip import clip_by_global_norm, global_norm
 from rlm_mhc.fn.decode import cached_attention, decode_step, prefill
 from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error, stream_dominance
 from rlm_mhc.fn.generate import Decoder, Drawn, Generated, generate, generate_steps
-from rlm_mhc.fn.kernels import REFERENCE, Kernels, Mixing
+from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
 from rlm_mhc.fn.lora import Adapter, LoraParams, lora_init, lora_merge
@@ -53,7 +53,6 @@ __all__ = [
     "MHCHead",
     "MHCMappings",
     "MHCParams",
-    "Mixing",
     "Sampling",
     "adamw",
     "adamw_init",

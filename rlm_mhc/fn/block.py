@@ -40,31 +40,13 @@ def block(
     >>> fn.block(fn.init(config).layers[0], streams, *fn.rotary_table(torch.arange(7), 32), config).hidden.shape
     torch.Size([1, 7, 4, 128])
     """
-    if kernels.mixing is not None and config.mhc_enabled:
-        return _mixed_block(params, hidden, cos, sin, config, kernels)
+    if kernels.block is not None and config.mhc_enabled:
+        return kernels.block(params, hidden, cos, sin, config, kernels)
     attention = partial(_attention, params, cos, sin, config.norm_eps, kernels)
     mlp = partial(_mlp, params, config.norm_eps, kernels)
     hidden, attn_res = hyper_connection(params.attn_mhc, hidden, attention, config, kernels)
     hidden, mlp_res = hyper_connection(params.mlp_mhc, hidden, mlp, config, kernels)
     return BlockOutput(hidden, attn_res + mlp_res)
-
-
-def _mixed_block(
-    params: Layer, hidden: Any, cos: RotaryTable, sin: RotaryTable, config: ModelConfig, kernels: Kernels
-) -> BlockOutput:
-    """`block` by `kernels.mixing`: the combine of the attention and the mappings of the MLP are one operation."""
-    mixing: Any = kernels.mixing
-    settings = mixing.settings(config)
-    norm = partial(kernels.rms_norm, eps=config.norm_eps)
-    streams, given = hidden if isinstance(hidden, EarlyPre) else (hidden, None)
-    weights = (*params.attn_mhc, params.input_layernorm.weight)
-    normed, pre, post, res = mixing.pre(streams, weights, settings, given)
-    output = self_attention(params.self_attn, normed, cos, sin, kernels.attention, norm)
-    given = None if given is None else pre
-    weights = (*params.mlp_mhc, params.post_attention_layernorm.weight)
-    streams, normed, pre, mlp_post, mlp_res = mixing.post_pre(streams, output, post, res, weights, settings, given)
-    streams = mixing.post(streams, kernels.swiglu(params.mlp, normed), mlp_post, mlp_res)
-    return BlockOutput(streams if given is None else EarlyPre(streams, pre), (res, mlp_res))
 
 
 def _attention(

@@ -1,16 +1,32 @@
-"""The Triton ops as the `mixing` of `Kernels`, and what they serve."""
+"""A block mixed by Triton kernels, as a function and as a stage: between its sub-layers one kernel combines and maps.
 
+    pre | attention | post and pre | MLP | post
+
+Across blocks the mixing is not fused: a block ends in its combined streams, which `remat` stores and monitors read.
+The backward of a sub-layer needs its combine's cotangent of the streams only together with that of its mappings, so
+that `pre_backward` gets `more` and `res` and makes both in one pass.
+"""
+
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.fn.kernels import REFERENCE, Mixing
-from rlm_mhc.kernels import stages
+from rlm_mhc.fn.attention import self_attention
+from rlm_mhc.fn.block import BlockOutput
+from rlm_mhc.fn.kernels import REFERENCE, Kernels
+from rlm_mhc.fn.mhc import EarlyPre, MHCMappings
 from rlm_mhc.kernels.launch import MOST_ITERATIONS, MOST_STREAMS, WIDTH_MULTIPLE
-from rlm_mhc.kernels.mix_post import mix_post_reduce
+from rlm_mhc.kernels.mix_post import mix_post, mix_post_reduce
 from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights
 from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE, largest_partial_sums
+from rlm_mhc.kernels.stages import combine, function, post_pre, post_pre_stage, pre, pre_backward, pre_stage
+from rlm_mhc.params import Layer
+from rlm_mhc.stage import Grads, Stage, Staged
+from rlm_mhc.stage import Weights as Named
+from rlm_mhc.stage.block import BlockBuilder, HyperKept, Site
+from rlm_mhc.types import RotaryTable
 from rlm_mhc.variants import PRESETS
 
 
@@ -31,57 +47,109 @@ def refusal(config: ModelConfig) -> str | None:
     return None
 
 
-def _settings(config: ModelConfig) -> Settings:
+def settings_of(config: ModelConfig) -> Settings:
+    """Return what the kernels take of a config.
+
+    Raises:
+        ValueError: where they do not serve it.
+    """
     if reason := refusal(config):
         raise ValueError(f"the Triton kernels do not serve this model: {reason}; use training.kernels=reference")
     return Settings(config.mhc_sinkhorn_iters, config.norm_eps, PRESETS[config.mhc_preset].eps)
 
 
-def _pre(streams: Tensor, weights: Any, settings: Settings, given: Tensor | None) -> Any:
-    early = given is not None
-    run = stages.function(stages.pre_stage(settings, early), "single_pass_pre" if early else "mix_pre", 4)
-    return run(weights, streams, *((given,) if early else ()))
+def fused_block(
+    params: Layer, hidden: Any, cos: RotaryTable, sin: RotaryTable, config: ModelConfig, kernels: Kernels
+) -> BlockOutput:
+    """`fn.block`: the combine of the attention and the mappings of the MLP are one operation."""
+    settings, early = settings_of(config), PRESETS[config.mhc_preset].early_pre
+    norm = partial(kernels.rms_norm, eps=config.norm_eps)
+    streams, *given = hidden if early else (hidden,)
+    weights = (*params.attn_mhc, params.input_layernorm.weight)
+    normed, pre, post, res = function(pre_stage(settings, early), "mix_pre", 4)(weights, streams, *given)
+    output = self_attention(params.self_attn, normed, cos, sin, kernels.attention, norm)
+    given = [pre] if early else []
+    weights = (*params.mlp_mhc, params.post_attention_layernorm.weight)
+    run = function(post_pre_stage(settings, early), "mix_post_pre", 5)
+    streams, normed, pre, mlp_post, mlp_res = run(weights, streams, output, post, res, *given)
+    streams = combine(streams, kernels.swiglu(params.mlp, normed), mlp_post, mlp_res)
+    return BlockOutput(EarlyPre(streams, pre) if early else streams, (res, mlp_res))
 
 
-def _post_pre(
-    streams: Tensor, output: Tensor, post: Tensor, res: Tensor, weights: Any, settings: Settings, given: Tensor | None
-) -> Any:
-    early = given is not None
-    name = "single_pass_post_pre" if early else "mix_post_pre"
-    run = stages.function(stages.post_pre_stage(settings, early), name, 5)
-    return run(weights, streams, output, post, res, *((given,) if early else ()))
+def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bool) -> Stage:
+    """The stage of two sub-layers, which keeps what `chain` of two `hyper` keeps, and the normed inputs.
+
+    Where `pre` comes early, the input and the output are an `EarlyPre`.
+    """
+    settings = settings_of(config)
+    early = PRESETS[config.mhc_preset].early_pre
+
+    def site_forward(
+        site: Site, weights: Named, streams: Tensor, given: Any, combined: Any = None
+    ) -> tuple[Tensor, HyperKept]:
+        own = Weights(*[weights[name] for name in site.weights])
+        if combined is None:
+            mapped = pre(streams, given, own, settings)
+        else:
+            streams, mapped = post_pre(streams, combined, given, own, settings)
+        output, inner = site.branch.forward(weights, mapped.normed)
+        mappings, rest = MHCMappings(mapped.pre, mapped.post, mapped.res), (mapped.h, mapped.scale, mapped.rstd)
+        return streams, HyperKept(mappings, output, rest, (mapped.normed, inner))
+
+    def forward(weights: Named, x: Any) -> tuple[Any, Any]:
+        streams, given = x if early else (x, None)
+        streams, a = site_forward(first, weights, streams, given)
+        combined = (a.output, a.mappings.post, a.mappings.res)
+        between, b = site_forward(second, weights, streams, a.mappings.pre if early else None, combined)
+        return combined_by(between, b), ((between,) if keep_streams else (), (a, b))
+
+    def site_backward(
+        site: Site, weights: Named, streams: Tensor, given: Any, kept: HyperKept, cotangent: Any
+    ) -> tuple[Grads, Any]:
+        g_streams, g_next = cotangent if early else (cotangent, None)
+        normed, inner = kept.of_branch
+        _, post, res = kept.mappings
+        g_output, g_post, g_res = mix_post_reduce(streams, kept.output, post, g_streams)
+        grads, g_normed = site.branch.backward(weights, normed, inner, g_output)
+        own = Weights(*[weights[name] for name in site.weights])
+        mapped = Mapped(normed, *kept.mappings, *kept.of_mappings)
+        cotangents = (g_normed, g_next, g_post, g_res)
+        g_x, g_given, g_own = pre_backward(streams, given, own, mapped, cotangents, settings, g_streams, res)
+        grads |= dict(zip(site.weights, g_own, strict=True))
+        return grads, g_x if g_given is None else EarlyPre(g_x, g_given)
+
+    def backward(weights: Named, x: Any, kept: Any, cotangent: Any) -> tuple[Grads, Any]:
+        streams, given = x if early else (x, None)
+        a, b = kept[1]
+        if keep_streams:
+            (between,) = kept[0]
+        else:
+            between = mix_post(streams, a.output, a.mappings.post, a.mappings.res)
+        of_second, cotangent = site_backward(second, weights, between, a.mappings.pre if early else None, b, cotangent)
+        of_first, cotangent = site_backward(first, weights, streams, given, a, cotangent)
+        return of_first | of_second, cotangent
+
+    def combined_by(streams: Tensor, kept: HyperKept) -> Any:
+        pre, post, res = kept.mappings
+        mixed = mix_post(streams, kept.output, post, res)
+        return EarlyPre(mixed, pre) if early else mixed
+
+    def replay(x: Any, kept: Any) -> Any:
+        streams = x.streams if early else x
+        for part in kept[1]:
+            hidden = combined_by(streams, part)
+            streams = hidden.streams if early else hidden
+        return hidden
+
+    return Stage(forward, backward, replay)
 
 
-def _forward(streams: Tensor, weights: Any, settings: Settings, given: Tensor | None, combined: Any) -> Any:
-    own = Weights(*weights)
-    if combined is not None:
-        return stages.post_pre(streams, combined, given, own, settings)
-    return streams, stages.pre(streams, given, own, settings)
-
-
-def _backward(
-    streams: Tensor,
-    weights: Any,
-    settings: Settings,
-    given: Tensor | None,
-    mapped: Any,
-    cotangents: Any,
-    more: Tensor | None,
-    res: Tensor | None,
-) -> Any:
-    own = Weights(*weights)
-    g_streams, g_given, g_weights = stages.pre_backward(
-        streams, given, own, Mapped(*mapped), cotangents, settings, more, res
-    )
-    return g_streams, g_weights, g_given
-
-
-def _scratch(config: ModelConfig, state: int) -> int:
+def scratch(config: ModelConfig, state: int) -> int:
     """The partial sums of `phi`'s gradient, in bytes, and with many streams a cotangent that is combined apart."""
     apart = state if config.mhc_flows > MOST_AT_ONCE else 0
     return 4 * largest_partial_sums(config.mhc_flows, config.hidden_dim) + apart
 
 
-MIXING = Mixing(_settings, _pre, _post_pre, stages.combine, _forward, _backward, mix_post_reduce, _scratch)
-TRITON = REFERENCE._replace(mixing=MIXING)
+FUSED = Staged(fused_block, BlockBuilder(block_stage, scratch))
+TRITON = REFERENCE._replace(block=FUSED)
 """`fn.forward(params, tokens, config, kernels=TRITON)`: the reference, mixed by Triton kernels."""

@@ -22,9 +22,9 @@ from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.mlp import swiglu
 from rlm_mhc.params import MLP, Linear, weight_table
 from rlm_mhc.program.hyper import hyper
-from rlm_mhc.program.mixing import Site, mixed_block
 from rlm_mhc.stage import Stage, bring_stage, chain, residual, stage, stage_of
 from rlm_mhc.stage.attention import attention_stage
+from rlm_mhc.stage.block import Site
 from rlm_mhc.tree import named_leaves, rebuild
 
 SITES = (("attn_mhc", "input_layernorm.weight"), ("mlp_mhc", "post_attention_layernorm.weight"))
@@ -41,14 +41,14 @@ def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = T
     """`hidden -> hidden` of one layer, its weights under their names in `Layer`, with `cos` and `sin` beside them.
 
     It keeps the input of every inner stage, with `keep_streams=False` all but the streams between its two halves.
-    With `kernels.mixing` see `mixed_block`.
+    With `kernels.block` it is the stage that this brings.
     """
-    mixed = config.mhc_enabled and kernels.mixing is not None
-    preludes = [_prelude(config, kernels, norm, normed=mixed) for _, norm in SITES]
+    builder = stage_of(kernels.block) if config.mhc_enabled and kernels.block else None
+    preludes = [_prelude(config, kernels, norm, normed=builder is not None) for _, norm in SITES]
     branches = [part(config, kernels, prelude) for part, prelude in zip((_attention, _mlp), preludes, strict=True)]
-    if config.mhc_enabled and kernels.mixing is not None:
+    if builder:
         first, second = (Site(site, norm, branch) for (site, norm), branch in zip(SITES, branches, strict=True))
-        return mixed_block(first, second, config, kernels.mixing, keep_streams)
+        return builder.build(first, second, config, keep_streams)
     if config.mhc_enabled:
         parts = [hyper(site, branch, config, kernels) for (site, _), branch in zip(SITES, branches, strict=True)]
     else:

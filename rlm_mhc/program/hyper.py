@@ -1,6 +1,6 @@
 """A hyper-connection as a stage: mappings, aggregate, the sub-layer, combine, and all their backwards."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +14,8 @@ from rlm_mhc.fn.projections import project
 from rlm_mhc.kernels.sinkhorn import sinkhorn_stage
 from rlm_mhc.params import MHCParams
 from rlm_mhc.stage import Grads, Stage, Weights, bring_stage, pullback, stage, stage_of
+from rlm_mhc.stage.block import HyperKept
 from rlm_mhc.variants import PRESETS
-
-
-class HyperKept(NamedTuple):
-    """Of one sub-layer: its mappings, its output, and what mappings and sub-layer keep for themselves."""
-
-    mappings: MHCMappings
-    output: Tensor
-    of_mappings: Any
-    of_branch: Any
 
 
 def hyper(site: str, branch: Stage, config: ModelConfig, kernels: Kernels) -> Stage:

@@ -13,6 +13,7 @@ from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import init
 from rlm_mhc.program.functions import make_functions, stored_every
 from rlm_mhc.program.head import chunk_tokens
+from rlm_mhc.stage import stage_of
 from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
 
 
@@ -83,9 +84,9 @@ def _mixing(config: ModelConfig, kernels: Kernels, state: int, wide: int) -> int
     """What the backward of a sub-layer's mixing works with beside two states."""
     if not config.mhc_enabled:
         return 0
-    if kernels.mixing is None:
+    if kernels.block is None:
         return 2 * wide
-    return 2 * state // config.mhc_flows + kernels.mixing.scratch(config, state)
+    return 2 * state // config.mhc_flows + stage_of(kernels.block).scratch(config, state)
 
 
 def _bytes(tree: Any) -> int:

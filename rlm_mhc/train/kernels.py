@@ -11,7 +11,7 @@ from rlm_mhc.config import ModelConfig, TrainConfig
 from rlm_mhc.fn import REFERENCE, Kernels
 from rlm_mhc.kernels import choose
 from rlm_mhc.kernels.launch import require_triton
-from rlm_mhc.kernels.mixing import MIXING, refusal
+from rlm_mhc.kernels.mixing import FUSED, refusal, settings_of
 from rlm_mhc.program.precision import COMPUTE_DTYPE
 from rlm_mhc.validation import in_short
 from rlm_mhc.variants import PRESETS
@@ -43,7 +43,7 @@ def pick_kernels(
     if model.mhc_enabled:
         mixed, why = _pick_mixing(model, training, device, gather)
         print(f"mixing       {'Triton kernels' if mixed else 'reference'}: {why}", flush=True)
-        kernels = kernels._replace(mixing=MIXING if mixed else None)
+        kernels = kernels._replace(block=FUSED if mixed else None)
     elif training.kernels == "triton":
         raise ValueError("training.kernels='triton' mixes the streams of mHC, and the model has none; leave it out")
     if training.attention == "torch":
@@ -65,7 +65,7 @@ def _pick_mixing(
     if training.kernels == "reference":
         return False, "training.kernels=reference"
     if training.kernels == "triton":
-        MIXING.settings(model)
+        settings_of(model)
         require_triton(device)
         failure, took = _self_test(model, training, device)
         if failure:
@@ -94,7 +94,7 @@ def _times(model: ModelConfig, training: TrainConfig, device: torch.device) -> t
     """Return the times of a sub-layer, or None and what was raised."""
     early, dtype = PRESETS[model.mhc_preset].early_pre, COMPUTE_DTYPE[training.mixed_precision]
     try:
-        return choose.mixing_times(model.mhc_flows, model.hidden_dim, early, MIXING.settings(model), dtype, device), ""
+        return choose.mixing_times(model.mhc_flows, model.hidden_dim, early, settings_of(model), dtype, device), ""
     except Exception as error:
         return None, in_short(error)
 
@@ -108,7 +108,7 @@ def _self_test(model: ModelConfig, training: TrainConfig, device: torch.device) 
         require_triton(device)
         for _ in range(2):  # the first one compiles
             start = time.perf_counter()
-            failure = self_test(device, COMPUTE_DTYPE[training.mixed_precision], MIXING.settings(model), model)
+            failure = self_test(device, COMPUTE_DTYPE[training.mixed_precision], settings_of(model), model)
             seconds.append(time.perf_counter() - start)
             if failure:
                 return failure, ""
