@@ -82,11 +82,11 @@ def test_no_mhc_weight_of_a_sub_layer_starts_where_gradients_vanish(config, seed
     params = fn.init(config, seed=seed, dtype=torch.float64).layers[0].attn_mhc
     generator = torch.Generator().manual_seed(seed)
     x, cotangent = torch.randn(2, 50, config.mhc_flows, config.hidden_dim, generator=generator, dtype=torch.float64)
-    x = fn.EarlyPre(x, x[..., 0]) if PRESETS[config.mhc_preset].early_pre else x
+    hidden = fn.Hidden(x, x[..., 0] if PRESETS[config.mhc_preset].early_pre else ())
 
     def weighted(params):
-        out, _ = fn.hyper_connection(params, x, torch.sin, config)
-        return (cotangent * (out.streams + out.pre.unsqueeze(-1) if isinstance(out, fn.EarlyPre) else out)).sum()
+        (out, pre), _ = fn.hyper_connection(params, hidden, torch.sin, config)
+        return (cotangent * (out if pre == () else out + pre.unsqueeze(-1))).sum()
 
     # An alpha is one number, whose gradient may be small by chance.
     assert all(
@@ -113,11 +113,11 @@ def test_a_sub_layer_mixes_reads_and_writes_streams_as_written(config, seed):
     x = torch.randn(2, n, c, generator=generator, dtype=torch.float64)
     given_pre = torch.rand(2, n, generator=generator, dtype=torch.float64)
     early = PRESETS[config.mhc_preset].early_pre
-    out, (res,) = fn.hyper_connection(params, fn.EarlyPre(x, given_pre) if early else x, torch.sin, config)
+    out, (res,) = fn.hyper_connection(params, fn.Hidden(x, given_pre if early else ()), torch.sin, config)
     pre, post, _ = fn.mhc_mappings(params, x, **config.mhc_options)
     branch = torch.sin(torch.einsum("bj,bjc->bc", given_pre if early else pre, x))
     expected = torch.einsum("bij,bjc->bic", res, x) + torch.einsum("bi,bc->bic", post, branch)
-    assert torch.allclose(out.streams if early else out, expected, atol=1e-10)
+    assert torch.allclose(out.x, expected, atol=1e-10)
     assert not early or torch.equal(out.pre, pre)
 
 
@@ -164,8 +164,8 @@ def test_streams_enter_equal_and_leave_as_the_preset_has_it(preset, n, seed):
     params, n = lively(config, seed), config.mhc_flows
     x = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     hidden = fn.enter(x, config)
-    early, learned = isinstance(hidden, fn.EarlyPre), params.head_mhc
-    streams = (hidden.streams if early else hidden) * torch.arange(1, n + 1).view(n, 1)
+    early, learned = PRESETS[preset].early_pre, params.head_mhc
+    streams = hidden.x * torch.arange(1, n + 1).view(n, 1)
     weights = torch.full((2, 1, n), 1 / n, dtype=torch.float64)
     if early:
         assert torch.equal(hidden.pre, torch.eye(n, dtype=torch.float64)[0].expand(2, 1, n))
@@ -173,7 +173,7 @@ def test_streams_enter_equal_and_leave_as_the_preset_has_it(preset, n, seed):
     if learned:
         h = streams.flatten(-2) / (streams.flatten(-2).square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
         weights = (learned.alpha * (h @ learned.phi) + learned.bias).sigmoid() + 1e-6
-    out = fn.collapse(params, fn.EarlyPre(streams, weights) if early else streams, config)
+    out = fn.collapse(params, fn.Hidden(streams, weights if early else ()), config)
     assert torch.allclose(out, (weights.unsqueeze(-1) * streams).sum(-2), atol=1e-12)
 
 

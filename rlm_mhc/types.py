@@ -21,7 +21,7 @@ from torch import Tensor
 
 Scalar = Float[Tensor, ""]
 Streams = Float[Tensor, "*b n c"]
-Hidden = Float[Tensor, "*b c"]
+Activations = Float[Tensor, "*b c"]
 PerStream = Float[Tensor, "*b n"]
 StreamMatrix = Float[Tensor, "*b out=n in=n"]
 Vector = Float[Tensor, " c"]

@@ -10,7 +10,6 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.convert.gates import OPENING, closed_specs
 from rlm_mhc.fn.block import hyper_connection
 from rlm_mhc.fn.lm import collapse, enter
-from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.params import Embedding, LMParams, MHCHead, MHCParams, RMSNorm
 from rlm_mhc.variants import PRESETS
 
@@ -119,8 +118,7 @@ def reading_errors(biases: Mapping[str, Tensor], config: ModelConfig) -> Iterato
 
         weights = _without_gates(biases[site], config.mhc_flows * len(unit), 3)
         hidden, _ = hyper_connection(MHCParams(*weights), hidden, branch, config)
-        streams = hidden.streams if isinstance(hidden, EarlyPre) else hidden
-        yield site, max(_distance(read[0], count), _distance(streams.mean(-2), count + 1))
+        yield site, max(_distance(read[0], count), _distance(hidden.x.mean(-2), count + 1))
     head = MHCHead(*_without_gates(biases["head_mhc"], config.mhc_flows * len(unit), 1)) if "head_mhc" in biases else ()
     unused = Embedding(unit), (), RMSNorm(unit), ()
     yield list(biases)[-1], _distance(collapse(LMParams(*unused, head), hidden, config), len(unit))

@@ -16,7 +16,7 @@ from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, h
 from rlm_mhc.fn.lora import Adapter, LoraParams, lora_init, lora_merge
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
 from rlm_mhc.fn.mhc import (
-    EarlyPre,
+    Hidden,
     MHCMappings,
     collapse_learned,
     collapse_streams,
@@ -45,8 +45,8 @@ __all__ = [
     "Cache",
     "Decoder",
     "Drawn",
-    "EarlyPre",
     "Generated",
+    "Hidden",
     "Kernels",
     "LMParams",
     "LoraParams",

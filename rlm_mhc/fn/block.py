@@ -10,34 +10,33 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.attention import self_attention
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.mhc import EarlyPre
+from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.params import Layer, MHCParams
 from rlm_mhc.types import RotaryTable
 
 
 class BlockOutput(NamedTuple):
-    """`hidden`: what came out of the block, of the form of what went in; `res`: the residual
-    mappings of its attention and MLP, each `[*b, s, n, n]` (without mHC none)."""
+    """`hidden`: the state after the block; `res`: the residual mappings of its attention and MLP, each
+    `[*b, s, n, n]` (without mHC none)."""
 
-    hidden: Any
+    hidden: Hidden
     res: tuple[Tensor, ...]
 
 
 def block(
     params: Layer,
-    hidden: Any,
+    hidden: Hidden,
     cos: RotaryTable,
     sin: RotaryTable,
     config: ModelConfig,
     kernels: Kernels = REFERENCE,
 ) -> BlockOutput:
-    """Pre-norm attention, then pre-norm SwiGLU, around streams `[*b, s, n, c]` (without mHC `[*b, s, c]`; with the
-    preset `single_pass` an `EarlyPre`).
+    """Pre-norm attention, then pre-norm SwiGLU, around streams `[*b, s, n, c]` (without mHC `[*b, s, c]`).
 
     >>> import torch; from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
-    >>> streams = torch.randn(1, 7, config.mhc_flows, config.hidden_dim)
-    >>> fn.block(fn.init(config).layers[0], streams, *fn.rotary_table(torch.arange(7), 32), config).hidden.shape
+    >>> hidden = fn.Hidden(torch.randn(1, 7, config.mhc_flows, config.hidden_dim))
+    >>> fn.block(fn.init(config).layers[0], hidden, *fn.rotary_table(torch.arange(7), 32), config).hidden.x.shape
     torch.Size([1, 7, 4, 128])
     """
     if kernels.block is not None and config.mhc_enabled:
@@ -63,25 +62,27 @@ def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
 
 def hyper_connection(
     params: MHCParams | Callable[..., Any] | tuple[()],
-    hidden: Any,
+    hidden: Hidden,
     branch: Callable[[Tensor], Tensor],
     config: ModelConfig,
     kernels: Kernels = REFERENCE,
-) -> tuple[Any, tuple[Any, ...]]:
+) -> tuple[Hidden, tuple[Tensor, ...]]:
     """A sub-layer inside its hyper-connection, and the `res` it used; for `params=()` the residual `x + branch(x)`.
 
-    Where a function stands in for the weights, `params(hidden, branch)`, whose `res` is not told.
+    If `params` is callable, it is applied as `params(streams, branch)`, or `params(hidden, branch)` where `pre` comes
+    early, and no `res` is returned.
 
     >>> import torch
-    >>> hyper_connection((), torch.tensor([2.0]), lambda x: 10 * x, ModelConfig())
-    (tensor([22.]), ())
+    >>> hyper_connection((), Hidden(torch.tensor([2.0])), lambda x: 10 * x, ModelConfig())
+    (Hidden(x=tensor([22.]), pre=()), ())
     """
+    x, given = hidden
+    early = isinstance(given, Tensor)
     if callable(params):
-        return params(hidden, branch), ()
+        after = params(hidden if early else x, branch)
+        return after if early else Hidden(after), ()
     if not isinstance(params, MHCParams):
-        return hidden + branch(hidden), ()
-    streams, early = hidden if isinstance(hidden, EarlyPre) else (hidden, None)
-    pre, post, res = kernels.mhc_mappings(params, streams, **config.mhc_options)
-    output = branch(kernels.mhc_aggregate(streams, pre if early is None else early))
-    mixed = kernels.mhc_combine(streams, output, post, res)
-    return mixed if early is None else EarlyPre(mixed, pre), (res,)
+        return Hidden(x + branch(x)), ()
+    pre, post, res = kernels.mhc_mappings(params, x, **config.mhc_options)
+    output = branch(kernels.mhc_aggregate(x, given if isinstance(given, Tensor) else pre))
+    return Hidden(kernels.mhc_combine(x, output, post, res), pre if early else ()), (res,)

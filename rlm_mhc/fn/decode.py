@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from rlm_mhc.fn.cache import Cache, write_at, write_first
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.fn.lm import embed, head
+from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.fn.transforms import is_transformed
 from rlm_mhc.params import LMParams
@@ -165,7 +165,7 @@ def _through(
     cache: Cache,
     kernels: Kernels,
     attend: Attend,
-) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[Hidden, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What the blocks give for tokens at positions, and the keys and values of all layers with theirs."""
     cos, sin = rotary_table(positions, config.head_width, config.rope_theta)
     hidden, written = embed(params, tokens, config), []

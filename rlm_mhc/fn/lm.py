@@ -11,18 +11,18 @@ from rlm_mhc.fn.block import block
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.fn.linear import embedding, linear
-from rlm_mhc.fn.mhc import EarlyPre, collapse_learned, collapse_streams, expand_streams
+from rlm_mhc.fn.mhc import Hidden, collapse_learned, collapse_streams, expand_streams
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import Linear, LMParams
-from rlm_mhc.types import Hidden, Logits, RotaryTable, Tokens
+from rlm_mhc.types import Activations, Logits, RotaryTable, Tokens
 from rlm_mhc.variants import PRESETS
 
 
 class Backbone(NamedTuple):
-    """What the blocks give: streams `[*b, s, n, c]` (without mHC `[*b, s, c]`; with the preset `single_pass` an
-    `EarlyPre`) and, in the order in which the sub-layers run, their residual mappings, each `[*b, s, n, n]`."""
+    """The state after the last block, streams `[*b, s, n, c]` (without mHC `[*b, s, c]`), and the residual mappings of
+    all sub-layers in their order, each `[*b, s, n, n]`."""
 
-    hidden: Any
+    hidden: Hidden
     res: tuple[Tensor, ...]
 
 
@@ -72,22 +72,22 @@ def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryT
     )
 
 
-def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Any:
+def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Hidden:
     """The embedding of each token as the blocks take it; see `enter` and `require_kind`."""
     require_kind(params, config)
     return enter(embedding(params.embed_tokens, tokens), config)
 
 
-def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Any:
+def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Hidden:
     """`x` repeated as `mhc_flows` equal streams; where `pre` comes early, with the first one, which reads stream 0."""
     if not config.mhc_enabled:
-        return x
+        return Hidden(x)
     streams = expand_streams(x, config.mhc_flows)
     if not PRESETS[config.mhc_preset].early_pre:
-        return streams
+        return Hidden(streams)
     first = torch.arange(config.mhc_flows, dtype=torch.int64, device=x.device) == 0
     pre = first.to(torch.promote_types(x.dtype, torch.float32)).expand(streams.shape[:-1])
-    return EarlyPre(streams, pre.contiguous())
+    return Hidden(streams, pre.contiguous())
 
 
 def require_kind(params: LMParams, config: ModelConfig) -> None:
@@ -108,20 +108,20 @@ def _there(weights: Any) -> bool:
     return not isinstance(weights, tuple) or len(weights) > 0
 
 
-def head(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
+def head(params: LMParams, hidden: Hidden, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
     """Collapse the streams, normalise, project onto the vocabulary (the embedding itself when tied)."""
     x = kernels.rms_norm(collapse(params, hidden, config, kernels), params.norm.weight, config.norm_eps)
     return linear(params.lm_head or Linear(params.embed_tokens.weight), x)
 
 
-def collapse(params: LMParams, hidden: Any, config: ModelConfig, kernels: Kernels = REFERENCE) -> Hidden:
+def collapse(params: LMParams, hidden: Hidden, config: ModelConfig, kernels: Kernels = REFERENCE) -> Activations:
     """The streams as one: their mean, their learned sum, or by the last sub-layer's `pre`, as the preset has it."""
     if not config.mhc_enabled:
-        return hidden
-    if isinstance(hidden, EarlyPre):
-        return kernels.mhc_aggregate(*hidden)
+        return hidden.x
+    if isinstance(hidden.pre, Tensor):
+        return kernels.mhc_aggregate(hidden.x, hidden.pre)
     if callable(params.head_mhc):
-        return params.head_mhc(hidden)
+        return params.head_mhc(hidden.x)
     if params.head_mhc:
-        return collapse_learned(params.head_mhc, hidden, eps=config.norm_eps, preset=config.mhc_preset)
-    return collapse_streams(hidden)
+        return collapse_learned(params.head_mhc, hidden.x, eps=config.norm_eps, preset=config.mhc_preset)
+    return collapse_streams(hidden.x)

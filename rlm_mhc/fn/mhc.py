@@ -9,7 +9,7 @@ One sub-layer `F` (attention or MLP, with its pre-norm) on streams `x: [*b, n, c
 `res[i, j]` maps input stream j to output stream i and is applied as it stands, never transposed.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.product import product
 from rlm_mhc.fn.projections import project
 from rlm_mhc.params import MHCHead, MHCParams
-from rlm_mhc.types import Hidden, PerStream, StreamMatrix, Streams
+from rlm_mhc.types import Activations, PerStream, StreamMatrix, Streams
 from rlm_mhc.variants import PRESETS, preset_named, projection_named
 
 
@@ -34,16 +34,12 @@ class MHCMappings(NamedTuple):
     res: Tensor
 
 
-class EarlyPre(NamedTuple):
-    """Between sub-layers where `pre` comes early: `streams [*b, n, c]`, and `pre [*b, n]` for the next one."""
+class Hidden(NamedTuple):
+    """State between sub-layers: streams `x [*b, n, c]`, without mHC `[*b, c]`; and `pre [*b, n]` of the next one where
+    it comes early, in the preset `single_pass`, else `()`."""
 
-    streams: Tensor
-    pre: Tensor
-
-
-def streams_of(hidden: Any) -> Tensor:
-    """The streams of a state between sub-layers, whether `pre` is beside them or not."""
-    return hidden.streams if isinstance(hidden, EarlyPre) else hidden
+    x: Tensor
+    pre: Tensor | tuple[()] = ()
 
 
 def mhc_mappings(
@@ -126,7 +122,7 @@ def activate(
     return pre + row.eps if row.eps else pre, 2 * torch.sigmoid(post), raw
 
 
-def mhc_aggregate(streams: Streams, pre: PerStream) -> Hidden:
+def mhc_aggregate(streams: Streams, pre: PerStream) -> Activations:
     """`u = Σ_j pre[j] · streams[j]`: the input of the sub-layer, `[*b, c]` in the dtype of the streams.
 
     >>> mhc_aggregate(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 0.5]))
@@ -135,7 +131,7 @@ def mhc_aggregate(streams: Streams, pre: PerStream) -> Hidden:
     return (pre.unsqueeze(-1) * streams).sum(-2).to(streams.dtype)
 
 
-def mhc_combine(streams: Streams, output: Hidden, post: PerStream, res: StreamMatrix) -> Streams:
+def mhc_combine(streams: Streams, output: Activations, post: PerStream, res: StreamMatrix) -> Streams:
     """`streams'[i] = Σ_j res[i, j] · streams[j] + post[i] · output`, in the dtype of the streams.
 
     >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
@@ -150,7 +146,7 @@ def mhc_combine(streams: Streams, output: Hidden, post: PerStream, res: StreamMa
     return mixed.to(streams.dtype)
 
 
-def expand_streams(x: Hidden, n: int) -> Streams:
+def expand_streams(x: Activations, n: int) -> Streams:
     """`n` equal streams: the entry of the network, `[*b, c] -> [*b, n, c]`, contiguous.
 
     >>> expand_streams(torch.ones(3), 2).shape
@@ -161,7 +157,7 @@ def expand_streams(x: Hidden, n: int) -> Streams:
     return x.unsqueeze(-2).repeat_interleave(n, dim=-2)
 
 
-def collapse_streams(streams: Streams) -> Hidden:
+def collapse_streams(streams: Streams) -> Activations:
     """The mean over streams: the exit of the network, `[*b, n, c] -> [*b, c]`.
 
     >>> collapse_streams(torch.tensor([[1.0], [3.0]]))
@@ -170,7 +166,9 @@ def collapse_streams(streams: Streams) -> Hidden:
     return widen(streams).mean(-2).to(streams.dtype)
 
 
-def collapse_learned(params: MHCHead, streams: Streams, *, eps: float = 1e-6, preset: str = "deepseek_v4") -> Hidden:
+def collapse_learned(
+    params: MHCHead, streams: Streams, *, eps: float = 1e-6, preset: str = "deepseek_v4"
+) -> Activations:
     """`Σ_j w[j] · streams[j]`, `w = sigmoid(alpha · (v · phi) / sqrt(mean(v²) + eps) + bias)` plus the preset's eps.
 
     Source: transformers' DeepseekV4HyperHead.

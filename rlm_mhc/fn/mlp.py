@@ -4,10 +4,10 @@ import torch.nn.functional as F
 
 from rlm_mhc.fn.linear import Map, linear
 from rlm_mhc.params import MLP
-from rlm_mhc.types import Hidden
+from rlm_mhc.types import Activations
 
 
-def swiglu(params: MLP | Map, x: Hidden) -> Hidden:
+def swiglu(params: MLP | Map, x: Activations) -> Activations:
     """`down(silu(gate(x)) · up(x))`, or `params(x)` where a function stands in for the weights.
 
     Source: Shazeer, arXiv 2002.05202; Llama's names.

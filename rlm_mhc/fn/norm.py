@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.fn.linear import Map
-from rlm_mhc.types import Hidden, Vector
+from rlm_mhc.types import Activations, Vector
 
 
 def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -17,7 +17,7 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Hidden, weight: Vector | Map, eps: float = 1e-6) -> Hidden:
+def rms_norm(x: Activations, weight: Vector | Map, eps: float = 1e-6) -> Activations:
     """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`. Where
     a function stands in for the weight, `weight(x)`.
 

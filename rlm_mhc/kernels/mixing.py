@@ -16,7 +16,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.attention import self_attention
 from rlm_mhc.fn.block import BlockOutput
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.mhc import EarlyPre, MHCMappings
+from rlm_mhc.fn.mhc import Hidden, MHCMappings
 from rlm_mhc.kernels.launch import MOST_ITERATIONS, MOST_STREAMS, WIDTH_MULTIPLE
 from rlm_mhc.kernels.mix_post import mix_post, mix_post_reduce
 from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights
@@ -59,12 +59,12 @@ def settings_of(config: ModelConfig) -> Settings:
 
 
 def fused_block(
-    params: Layer, hidden: Any, cos: RotaryTable, sin: RotaryTable, config: ModelConfig, kernels: Kernels
+    params: Layer, hidden: Hidden, cos: RotaryTable, sin: RotaryTable, config: ModelConfig, kernels: Kernels
 ) -> BlockOutput:
     """`fn.block`: the combine of the attention and the mappings of the MLP are one operation."""
     settings, early = settings_of(config), PRESETS[config.mhc_preset].early_pre
     norm = partial(kernels.rms_norm, eps=config.norm_eps)
-    streams, *given = hidden if early else (hidden,)
+    streams, given = hidden.x, [hidden.pre] if early else []
     weights = (*params.attn_mhc, params.input_layernorm.weight)
     normed, pre, post, res = function(pre_stage(settings, early), "mix_pre", 4)(weights, streams, *given)
     output = self_attention(params.self_attn, normed, cos, sin, kernels.attention, norm)
@@ -73,14 +73,11 @@ def fused_block(
     run = function(post_pre_stage(settings, early), "mix_post_pre", 5)
     streams, normed, pre, mlp_post, mlp_res = run(weights, streams, output, post, res, *given)
     streams = combine(streams, kernels.swiglu(params.mlp, normed), mlp_post, mlp_res)
-    return BlockOutput(EarlyPre(streams, pre) if early else streams, (res, mlp_res))
+    return BlockOutput(Hidden(streams, pre if early else ()), (res, mlp_res))
 
 
 def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bool) -> Stage:
-    """The stage of two sub-layers, which keeps what `chain` of two `hyper` keeps, and the normed inputs.
-
-    Where `pre` comes early, the input and the output are an `EarlyPre`.
-    """
+    """The stage of two sub-layers, which keeps what `chain` of two `hyper` keeps, and the normed inputs."""
     settings = settings_of(config)
     early = PRESETS[config.mhc_preset].early_pre
 
@@ -96,17 +93,18 @@ def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bo
         mappings, rest = MHCMappings(mapped.pre, mapped.post, mapped.res), (mapped.h, mapped.scale, mapped.rstd)
         return streams, HyperKept(mappings, output, rest, (mapped.normed, inner))
 
-    def forward(weights: Named, x: Any) -> tuple[Any, Any]:
-        streams, given = x if early else (x, None)
+    def forward(weights: Named, hidden: Hidden) -> tuple[Hidden, Any]:
+        streams, given = hidden.x, hidden.pre if early else None
         streams, a = site_forward(first, weights, streams, given)
         combined = (a.output, a.mappings.post, a.mappings.res)
         between, b = site_forward(second, weights, streams, a.mappings.pre if early else None, combined)
         return combined_by(between, b), ((between,) if keep_streams else (), (a, b))
 
     def site_backward(
-        site: Site, weights: Named, streams: Tensor, given: Any, kept: HyperKept, cotangent: Any
-    ) -> tuple[Grads, Any]:
-        g_streams, g_next = cotangent if early else (cotangent, None)
+        site: Site, weights: Named, streams: Tensor, given: Any, kept: HyperKept, cotangent: Hidden
+    ) -> tuple[Grads, Hidden]:
+        g_streams = cotangent.x
+        g_next: Any = cotangent.pre if early else None
         normed, inner = kept.of_branch
         _, post, res = kept.mappings
         g_output, g_post, g_res = mix_post_reduce(streams, kept.output, post, g_streams)
@@ -116,10 +114,10 @@ def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bo
         cotangents = (g_normed, g_next, g_post, g_res)
         g_x, g_given, g_own = pre_backward(streams, given, own, mapped, cotangents, settings, g_streams, res)
         grads |= dict(zip(site.weights, g_own, strict=True))
-        return grads, g_x if g_given is None else EarlyPre(g_x, g_given)
+        return grads, Hidden(g_x, () if g_given is None else g_given)
 
-    def backward(weights: Named, x: Any, kept: Any, cotangent: Any) -> tuple[Grads, Any]:
-        streams, given = x if early else (x, None)
+    def backward(weights: Named, hidden: Hidden, kept: Any, cotangent: Hidden) -> tuple[Grads, Hidden]:
+        streams, given = hidden.x, hidden.pre if early else None
         a, b = kept[1]
         if keep_streams:
             (between,) = kept[0]
@@ -129,16 +127,14 @@ def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bo
         of_first, cotangent = site_backward(first, weights, streams, given, a, cotangent)
         return of_first | of_second, cotangent
 
-    def combined_by(streams: Tensor, kept: HyperKept) -> Any:
+    def combined_by(streams: Tensor, kept: HyperKept) -> Hidden:
         pre, post, res = kept.mappings
         mixed = mix_post(streams, kept.output, post, res)
-        return EarlyPre(mixed, pre) if early else mixed
+        return Hidden(mixed, pre if early else ())
 
-    def replay(x: Any, kept: Any) -> Any:
-        streams = x.streams if early else x
+    def replay(hidden: Hidden, kept: Any) -> Hidden:
         for part in kept[1]:
-            hidden = combined_by(streams, part)
-            streams = hidden.streams if early else hidden
+            hidden = combined_by(hidden.x, part)
         return hidden
 
     return Stage(forward, backward, replay)

@@ -115,9 +115,8 @@ class RLMBackbone(RLMPreTrainedModel):
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden, states, attentions = fn.enter(x, self.shape), [x], []
         for layer in self.used_layers():
-            streams, pre = hidden if isinstance(hidden, fn.EarlyPre) else (hidden, None)
-            streams, pre, weights = layer(streams, pre, cos, sin, mask=mask, cache=cache, **options)
-            hidden = streams if pre is None else fn.EarlyPre(streams, pre)
+            streams, pre, weights = layer(*hidden, cos, sin, mask=mask, cache=cache, **options)
+            hidden = fn.Hidden(streams, pre)
             attentions.append(weights)
             if with_states:
                 states.append(fn.collapse(outer, hidden, self.shape))

@@ -136,19 +136,19 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: Tensor,
-        pre: Tensor | None,
+        pre: Tensor | tuple[()],
         cos: Tensor,
         sin: Tensor,
         mask: Any = None,
         cache: Any = None,
         **options: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | tuple[()], Tensor | None]:
         """What comes out of the block, of the form of the first two arguments, and the attention's weights where its
         implementation gives them. No tensor is inside a tuple: reentrant checkpointing would not see it.
 
         Args:
             hidden: streams `[b, s, n, c]`; without mHC `[b, s, c]`.
-            pre: with `single_pass` what aggregates next, `[b, s, n]`; else None.
+            pre: with `single_pass` what aggregates next, `[b, s, n]`; else `()`.
             cos: rotary table of the positions, `[b, s, d/2]`, as is `sin`.
             sin: see there.
             mask: what `attn_implementation` takes.
@@ -168,9 +168,8 @@ class Block(GradientCheckpointingLayer):
             return output.transpose(1, 2)
 
         kernels = fn.REFERENCE._replace(attention=attention)
-        early = hidden if pre is None else fn.EarlyPre(hidden, pre)
-        after = fn.block(self.tree(), early, cos, sin, self.shape, kernels).hidden
-        return *(after if isinstance(after, fn.EarlyPre) else (after, None)), seen[0]
+        after = fn.block(self.tree(), fn.Hidden(hidden, pre), cos, sin, self.shape, kernels).hidden
+        return *after, seen[0]
 
 
 def mhc_layer(config: ModelConfig) -> mHCLayer:

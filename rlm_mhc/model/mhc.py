@@ -106,8 +106,10 @@ class mHCLayer(nn.Module):
 
     def forward(self, streams: Any, branch: Callable[[Tensor], Tensor]) -> Any:
         """`streams [*b, n, c]` after the sub-layer `branch: [*b, c] -> [*b, c]`; of the preset `single_pass` both are
-        an `fn.EarlyPre`."""
-        return fn.hyper_connection(self.tree(), streams, branch, self.config)[0]
+        an `fn.Hidden`."""
+        hidden = fn.Hidden(streams) if isinstance(streams, Tensor) else streams
+        after = fn.hyper_connection(self.tree(), hidden, branch, self.config)[0]
+        return after.x if isinstance(streams, Tensor) else after
 
     def get_connection_matrix(self) -> Tensor:
         """The part of `res` that does not depend on the input, that of zero streams: `[n, n]`, doubly stochastic."""

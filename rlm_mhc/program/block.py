@@ -19,10 +19,11 @@ from torch import Tensor
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.attention import heads
 from rlm_mhc.fn.kernels import Kernels
+from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.fn.mlp import swiglu
 from rlm_mhc.params import MLP, Linear, weight_table
 from rlm_mhc.program.hyper import hyper
-from rlm_mhc.stage import Stage, bring_stage, chain, residual, stage, stage_of
+from rlm_mhc.stage import Grads, Stage, Weights, bring_stage, chain, residual, stage, stage_of
 from rlm_mhc.stage.attention import attention_stage
 from rlm_mhc.stage.block import Site
 from rlm_mhc.tree import named_leaves, rebuild
@@ -52,8 +53,22 @@ def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = T
     if config.mhc_enabled:
         parts = [hyper(site, branch, config, kernels) for (site, _), branch in zip(SITES, branches, strict=True)]
     else:
-        parts = [residual(branch) for branch in branches]
+        parts = [_on_hidden(residual(branch)) for branch in branches]
     return chain(*parts, keep=keep_streams)
+
+
+def _on_hidden(s: Stage) -> Stage:
+    """A stage of `x` as one of the state between sub-layers without mHC."""
+
+    def forward(weights: Weights, hidden: Hidden) -> tuple[Hidden, Any]:
+        x, kept = s.forward(weights, hidden.x)
+        return Hidden(x), kept
+
+    def backward(weights: Weights, hidden: Hidden, kept: Any, cotangent: Hidden) -> tuple[Grads, Hidden]:
+        grads, g_x = s.backward(weights, hidden.x, kept, cotangent.x)
+        return grads, Hidden(g_x)
+
+    return Stage(forward, backward)
 
 
 def _prelude(config: ModelConfig, kernels: Kernels, norm: str, normed: bool) -> Prelude:

@@ -12,7 +12,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.lm import enter, head
 from rlm_mhc.fn.loss import token_loss_sum
-from rlm_mhc.fn.mhc import streams_of
+from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.params import Embedding, Linear, LMParams, MHCHead, RMSNorm
 from rlm_mhc.program.block import block_stage, residual_mappings
@@ -68,15 +68,15 @@ def make_functions(
     keeping = block_stage(config, kernels, keep_streams=remat != "mhc")
     block = recompute(keeping) if remat == "full" else keeping
 
-    def embed(matrix: Tensor, tokens: Tensor) -> Any:
+    def embed(matrix: Tensor, tokens: Tensor) -> Hidden:
         return enter(torch.nn.functional.embedding(tokens, matrix), config)
 
-    def forward(weights: Weights, hidden: Any) -> tuple[Any, Any, Sampled]:
+    def forward(weights: Weights, hidden: Hidden) -> tuple[Hidden, Any, Sampled]:
         hidden, kept = keeping.forward(weights, hidden)
-        sampled = sample(residual_mappings(kept, config), streams_of(hidden))
+        sampled = sample(residual_mappings(kept, config), hidden.x)
         return _contiguous(hidden), () if remat == "full" else kept, sampled
 
-    def backward(weights: Weights, hidden: Any, kept: Any, cotangent: Any) -> tuple[Any, Any]:
+    def backward(weights: Weights, hidden: Hidden, kept: Any, cotangent: Hidden) -> tuple[Any, Hidden]:
         grads, cotangent = block.backward(weights, hidden, kept, cotangent)
         parts = tuple(widen(grads[name]) for name in weights if name in (grads if reads is None else reads))
         if flat:
@@ -84,11 +84,11 @@ def make_functions(
         return parts, _contiguous(cotangent)
 
     def head_chunk(
-        top: tuple[Tensor, ...], hidden: Any, targets: Tensor, scale: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Any]:
+        top: tuple[Tensor, ...], hidden: Hidden, targets: Tensor, scale: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Hidden]:
         fixed = top[: 0 if reads is None else 2]
 
-        def loss(trained: tuple[Tensor, ...], hidden: Any) -> Tensor:
+        def loss(trained: tuple[Tensor, ...], hidden: Hidden) -> Tensor:
             norm, matrix, *of_head = fixed + trained
             head_mhc = MHCHead(*of_head) if of_head else ()
             params = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix), head_mhc)
@@ -97,7 +97,7 @@ def make_functions(
         (g_top, g_hidden), value = torch.func.grad_and_value(loss, argnums=(0, 1))(top[len(fixed) :], hidden)
         return value, g_top, _contiguous(g_hidden)
 
-    def replay(hidden: Any, kept: Any) -> Any:
+    def replay(hidden: Hidden, kept: Any) -> Hidden:
         assert keeping.replay is not None
         return _contiguous(keeping.replay(hidden, kept))
 
@@ -124,7 +124,7 @@ def stored_every(config: ModelConfig, remat: str) -> int:
     return max(1, round(math.sqrt(n * config.num_layers / (n + 2)))) if remat == "mhc" else 1
 
 
-def _contiguous(hidden: Any) -> Any:
+def _contiguous(hidden: Hidden) -> Hidden:
     return tree_map(lambda x: x.contiguous(), hidden)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
-from rlm_mhc.fn.mhc import EarlyPre, MHCMappings, activate, mhc_mappings
+from rlm_mhc.fn.mhc import Hidden, MHCMappings, activate, mhc_mappings
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.product import without_autocast
 from rlm_mhc.fn.projections import project
@@ -21,38 +21,37 @@ from rlm_mhc.variants import PRESETS
 def hyper(site: str, branch: Stage, config: ModelConfig, kernels: Kernels) -> Stage:
     """`combine(x, branch(aggregate(x, pre)), post, res)` with the mappings of `x`, as `fn.hyper_connection`.
 
-    Where `pre` comes early, the input and the output are an `EarlyPre`. The aggregate is computed again rather than
-    kept: it reads what the backward reads anyhow.
+    The aggregate is computed again rather than kept: it reads what the backward reads anyhow.
     """
     mappings = mappings_stage(site, config, kernels)
     aggregate, combine = kernels.mhc_aggregate, kernels.mhc_combine
     early = PRESETS[config.mhc_preset].early_pre
 
-    def forward(weights: Weights, x: Any) -> tuple[Any, HyperKept]:
-        streams, given = x if early else (x, None)
+    def forward(weights: Weights, hidden: Hidden) -> tuple[Hidden, HyperKept]:
+        streams, given = hidden
         m, of_mappings = mappings.forward(weights, streams)
         output, of_branch = branch.forward(weights, aggregate(streams, given if early else m.pre))
         kept = HyperKept(m, output, of_mappings, of_branch)
-        return replay(x, kept), kept
+        return replay(hidden, kept), kept
 
-    def backward(weights: Weights, x: Any, kept: HyperKept, cotangent: Any) -> tuple[Grads, Any]:
-        streams, given = x if early else (x, None)
-        g_streams, g_next = cotangent if early else (cotangent, cotangent)
+    def backward(weights: Weights, hidden: Hidden, kept: HyperKept, cotangent: Hidden) -> tuple[Grads, Hidden]:
+        streams, given = hidden
+        g_streams, g_next = cotangent
         m = kept.mappings
         _, pull_combine = pullback(combine, streams, kept.output, m.post, m.res)
         g_combine, g_output, g_post, g_res = pull_combine(g_streams)
         u, pull_aggregate = pullback(aggregate, streams, given if early else m.pre)
         grads, g_u = branch.backward(weights, u, kept.of_branch, g_output)
         g_aggregate, g_pre = pull_aggregate(g_u)
-        g_m = MHCMappings(g_next if early else g_pre, g_post, g_res)
+        g_own: Any = g_next if early else g_pre
+        g_m = MHCMappings(g_own, g_post, g_res)
         own, g_mappings = mappings.backward(weights, streams, kept.of_mappings, g_m)
         g_x = g_combine + g_aggregate + g_mappings
-        return grads | own, EarlyPre(g_x, g_pre) if early else g_x
+        return grads | own, Hidden(g_x, g_pre if early else ())
 
-    def replay(x: Any, kept: HyperKept) -> Any:
+    def replay(hidden: Hidden, kept: HyperKept) -> Hidden:
         m = kept.mappings
-        mixed = combine(x.streams if early else x, kept.output, m.post, m.res)
-        return EarlyPre(mixed, m.pre) if early else mixed
+        return Hidden(combine(hidden.x, kept.output, m.post, m.res), m.pre if early else ())
 
     return Stage(forward, backward, replay)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlm_mhc.fn.layout import packed
 from rlm_mhc.fn.loss import Batch
-from rlm_mhc.fn.mhc import streams_of
+from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.params import LMParams
 from rlm_mhc.program.functions import Functions
 from rlm_mhc.program.head import run_head
@@ -40,7 +40,7 @@ def run_microbatch(
         add: called as `add(index, gradients)` when those of a layer are complete, from the last layer to the first.
         period: of `stored_every`.
     """
-    states: dict[int, Any] = {}
+    states: dict[int, Hidden] = {}
     kept: dict[int, Any] = {}
     sampled: list[Sampled] = []
     hidden = run.embed(params.embed_tokens.weight, batch.tokens)
@@ -61,7 +61,7 @@ def run_microbatch(
     if not isinstance(into, LMParams):
         return loss, join(sampled)
     # A token may occur thousands of times: its rows are summed in fp32, in any precision.
-    streams = streams_of(cotangent)
+    streams = cotangent.x
     wide = torch.promote_types(streams.dtype, torch.float32)
     rows = streams.sum(-2, dtype=wide) if streams.dim() > 3 else streams.to(wide)
     _add_rows(into.embed_tokens.weight, batch.tokens.flatten(), rows.flatten(0, 1))

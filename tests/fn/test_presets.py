@@ -128,7 +128,7 @@ def test_identity_adds_to_every_stream_and_mixes_none():
     config = small_config(mhc_preset="identity")
     params = disturbed(fn.init(config)).layers[0].attn_mhc
     streams = torch.randn(2, 5, 4, 32)
-    out, (res,) = fn.hyper_connection(params, streams, torch.sin, config)
+    (out, _), (res,) = fn.hyper_connection(params, fn.Hidden(streams), torch.sin, config)
     paper = fn.mhc_mappings(params, streams, preset="identity")
     expected = streams + paper.post.unsqueeze(-1) * torch.sin(fn.mhc_aggregate(streams, paper.pre)).unsqueeze(-2)
     torch.testing.assert_close(out, expected)
@@ -158,7 +158,7 @@ def test_hc_is_that_of_hyper_connections(accurate):
     def other(streams):  # theirs has the streams in the batch
         return (module.to(streams)(streams.transpose(0, 1)).transpose(0, 1),)
 
-    accurate(lambda x: (fn.hyper_connection(params, x, torch.tanh, config)[0],), other, streams)
+    accurate(lambda x: (fn.hyper_connection(params, fn.Hidden(x), torch.tanh, config)[0].x,), other, streams)
 
 
 @pytest.mark.parametrize("n", [2, 4])

@@ -3,7 +3,6 @@ import torch
 import torch.nn.utils.parametrize
 
 from rlm_mhc import fn
-from rlm_mhc.fn.mhc import EarlyPre
 from rlm_mhc.model.mhc import mHCLayer
 
 
@@ -38,7 +37,7 @@ def test_every_preset_runs(preset):
 
 def test_single_pass_hands_pre_on():
     layer = mHCLayer(hidden_dim=8, num_flows=4, preset="single_pass")
-    after = layer(EarlyPre(torch.randn(2, 4, 8), torch.rand(2, 4)), torch.tanh)
+    after = layer(fn.Hidden(torch.randn(2, 4, 8), torch.rand(2, 4)), torch.tanh)
     assert after.pre.shape == (2, 4)
 
 

@@ -27,7 +27,7 @@ def test_what_is_kept_is_counted_exactly(mhc, kernels):
     hidden = run.embed(params.embed_tokens.weight, tokens)
     alive = []
     for layer in params.layers:
-        alive.append(hidden)
+        alive += tree_leaves(hidden)
         hidden, kept, _ = run.forward(named_leaves(layer) | {"cos": cos, "sin": sin}, hidden)
         alive += tree_leaves(kept)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}

@@ -87,9 +87,9 @@ def test_metrics_by_layer_are_those_of_the_reference(preset):
 
     def expected(params, layer):
         first = params._replace(layers=params.layers[: layer + 1])
-        hidden = fn.backbone(first, batch.tokens, config).hidden
+        streams = fn.backbone(first, batch.tokens, config).hidden.x
         res = torch.stack(fn.backbone(params, batch.tokens, config).res)
-        own, streams = res[2 * layer : 2 * layer + 2], hidden.streams if preset == "single_pass" else hidden
+        own = res[2 * layer : 2 * layer + 2]
         return {
             "amax": own.abs().amax(),
             "gain_forward": fn.composite_gain(res[: 2 * layer + 2])[0].amax(),

@@ -98,7 +98,7 @@ def test_a_tokenizer_whose_ids_have_gaps_draws_and_ends_at_the_last_of_them(reci
     ids = encode(gaps, "the list")
     embedding[ids] = params.embed_tokens.weight[ids]
     params = params._replace(embed_tokens=params.embed_tokens._replace(weight=embedding))
-    state = fn.collapse_streams(fn.backbone(params, torch.tensor([ids]), config).hidden)[0, -1]
+    state = fn.collapse_streams(fn.backbone(params, torch.tensor([ids]), config).hidden.x)[0, -1]
     embedding[319] = state * 9  # the embedding is the head
     save_pretrained(tmp_path / "gaps", params, config)
     gaps.save_pretrained(tmp_path / "gaps")

@@ -28,7 +28,7 @@ def test_end_of_text_beyond_a_gap_of_the_ids_is_drawn_and_ends_the_text():
     gaps = tokenizer_with_gaps(tokenizer, 299)
     config = small_config(vocab_size=300, num_layers=1, tie_embeddings=False)
     params = fn.init(config)
-    state = fn.collapse_streams(fn.backbone(params, torch.tensor([encode(gaps, "hello")]), config).hidden)[0, -1]
+    state = fn.collapse_streams(fn.backbone(params, torch.tensor([encode(gaps, "hello")]), config).hidden.x)[0, -1]
     head = torch.zeros(300, config.hidden_dim)
     head[tokenizer("!")["input_ids"][0]], head[299] = state / 2, state  # the likeliest is end of text, then "!"
     params = params._replace(lm_head=params.lm_head._replace(weight=head))
