@@ -25,7 +25,7 @@ from rlm_mhc.kernels.stages import combine, function, post_pre, post_pre_stage, 
 from rlm_mhc.params import Layer
 from rlm_mhc.stage import Grads, Stage, Staged
 from rlm_mhc.stage import Weights as Named
-from rlm_mhc.stage.block import BlockBuilder, HyperKept, Site
+from rlm_mhc.stage.block import BlockBuilder, BlockResiduals, HyperResiduals, Site
 from rlm_mhc.types import RotaryTable
 from rlm_mhc.variants import PRESETS
 
@@ -83,7 +83,7 @@ def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bo
 
     def site_forward(
         site: Site, weights: Named, streams: Tensor, given: Any, combined: Any = None
-    ) -> tuple[Tensor, HyperKept]:
+    ) -> tuple[Tensor, HyperResiduals]:
         own = Weights(*[weights[name] for name in site.weights])
         if combined is None:
             mapped = pre(streams, given, own, settings)
@@ -91,17 +91,17 @@ def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bo
             streams, mapped = post_pre(streams, combined, given, own, settings)
         output, inner = site.branch.forward(weights, mapped.normed)
         mappings, rest = MHCMappings(mapped.pre, mapped.post, mapped.res), (mapped.h, mapped.scale, mapped.rstd)
-        return streams, HyperKept(mappings, output, rest, (mapped.normed, inner))
+        return streams, HyperResiduals(mappings, output, rest, (mapped.normed, inner))
 
     def forward(weights: Named, hidden: Hidden) -> tuple[Hidden, Any]:
         streams, given = hidden.x, hidden.pre if early else None
         streams, a = site_forward(first, weights, streams, given)
         combined = (a.output, a.mappings.post, a.mappings.res)
         between, b = site_forward(second, weights, streams, a.mappings.pre if early else None, combined)
-        return combined_by(between, b), ((between,) if keep_streams else (), (a, b))
+        return combined_by(between, b), BlockResiduals(a, b, between if keep_streams else ())
 
     def site_backward(
-        site: Site, weights: Named, streams: Tensor, given: Any, kept: HyperKept, cotangent: Hidden
+        site: Site, weights: Named, streams: Tensor, given: Any, kept: HyperResiduals, cotangent: Hidden
     ) -> tuple[Grads, Hidden]:
         g_streams = cotangent.x
         g_next: Any = cotangent.pre if early else None
@@ -116,24 +116,22 @@ def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bo
         grads |= dict(zip(site.weights, g_own, strict=True))
         return grads, Hidden(g_x, () if g_given is None else g_given)
 
-    def backward(weights: Named, hidden: Hidden, kept: Any, cotangent: Hidden) -> tuple[Grads, Hidden]:
+    def backward(weights: Named, hidden: Hidden, kept: BlockResiduals, cotangent: Hidden) -> tuple[Grads, Hidden]:
         streams, given = hidden.x, hidden.pre if early else None
-        a, b = kept[1]
-        if keep_streams:
-            (between,) = kept[0]
-        else:
+        a, b, between = kept
+        if not keep_streams:
             between = mix_post(streams, a.output, a.mappings.post, a.mappings.res)
         of_second, cotangent = site_backward(second, weights, between, a.mappings.pre if early else None, b, cotangent)
         of_first, cotangent = site_backward(first, weights, streams, given, a, cotangent)
         return of_first | of_second, cotangent
 
-    def combined_by(streams: Tensor, kept: HyperKept) -> Hidden:
+    def combined_by(streams: Tensor, kept: HyperResiduals) -> Hidden:
         pre, post, res = kept.mappings
         mixed = mix_post(streams, kept.output, post, res)
         return Hidden(mixed, pre if early else ())
 
-    def replay(hidden: Hidden, kept: Any) -> Hidden:
-        for part in kept[1]:
+    def replay(hidden: Hidden, kept: BlockResiduals) -> Hidden:
+        for part in (kept.attention, kept.mlp):
             hidden = combined_by(hidden.x, part)
         return hidden
 

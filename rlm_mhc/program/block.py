@@ -25,7 +25,7 @@ from rlm_mhc.params import MLP, Linear, weight_table
 from rlm_mhc.program.hyper import hyper
 from rlm_mhc.stage import Grads, Stage, Weights, bring_stage, chain, residual, stage, stage_of
 from rlm_mhc.stage.attention import attention_stage
-from rlm_mhc.stage.block import Site
+from rlm_mhc.stage.block import BlockResiduals, Site, block_of
 from rlm_mhc.tree import named_leaves, rebuild
 
 SITES = (("attn_mhc", "input_layernorm.weight"), ("mlp_mhc", "post_attention_layernorm.weight"))
@@ -54,7 +54,8 @@ def block_stage(config: ModelConfig, kernels: Kernels, *, keep_streams: bool = T
         parts = [hyper(site, branch, config, kernels) for (site, _), branch in zip(SITES, branches, strict=True)]
     else:
         parts = [_on_hidden(residual(branch)) for branch in branches]
-    return chain(*parts, keep=keep_streams)
+    attention, mlp = parts
+    return block_of(attention, mlp, keep_streams)
 
 
 def _on_hidden(s: Stage) -> Stage:
@@ -132,6 +133,6 @@ def _swiglu_stage(prelude: Prelude, names: tuple[str, str, str]) -> Stage:
 bring_stage(swiglu, _swiglu_stage)
 
 
-def residual_mappings(kept: Any, config: ModelConfig) -> tuple[Tensor, ...]:
-    """`res` of the block's two sites, from what its forward kept."""
-    return tuple(part.mappings.res for part in kept[1]) if config.mhc_enabled else ()
+def residual_mappings(residuals: BlockResiduals, config: ModelConfig) -> tuple[Tensor, ...]:
+    """Return `res` of the block's two sub-layers."""
+    return (residuals.attention.mappings.res, residuals.mlp.mappings.res) if config.mhc_enabled else ()

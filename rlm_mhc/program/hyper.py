@@ -14,7 +14,7 @@ from rlm_mhc.fn.projections import project
 from rlm_mhc.kernels.sinkhorn import sinkhorn_stage
 from rlm_mhc.params import MHCParams
 from rlm_mhc.stage import Grads, Stage, Weights, bring_stage, pullback, stage, stage_of
-from rlm_mhc.stage.block import HyperKept
+from rlm_mhc.stage.block import HyperResiduals
 from rlm_mhc.variants import PRESETS
 
 
@@ -27,14 +27,14 @@ def hyper(site: str, branch: Stage, config: ModelConfig, kernels: Kernels) -> St
     aggregate, combine = kernels.mhc_aggregate, kernels.mhc_combine
     early = PRESETS[config.mhc_preset].early_pre
 
-    def forward(weights: Weights, hidden: Hidden) -> tuple[Hidden, HyperKept]:
+    def forward(weights: Weights, hidden: Hidden) -> tuple[Hidden, HyperResiduals]:
         streams, given = hidden
         m, of_mappings = mappings.forward(weights, streams)
         output, of_branch = branch.forward(weights, aggregate(streams, given if early else m.pre))
-        kept = HyperKept(m, output, of_mappings, of_branch)
+        kept = HyperResiduals(m, output, of_mappings, of_branch)
         return replay(hidden, kept), kept
 
-    def backward(weights: Weights, hidden: Hidden, kept: HyperKept, cotangent: Hidden) -> tuple[Grads, Hidden]:
+    def backward(weights: Weights, hidden: Hidden, kept: HyperResiduals, cotangent: Hidden) -> tuple[Grads, Hidden]:
         streams, given = hidden
         g_streams, g_next = cotangent
         m = kept.mappings
@@ -49,7 +49,7 @@ def hyper(site: str, branch: Stage, config: ModelConfig, kernels: Kernels) -> St
         g_x = g_combine + g_aggregate + g_mappings
         return grads | own, Hidden(g_x, g_pre if early else ())
 
-    def replay(hidden: Hidden, kept: HyperKept) -> Hidden:
+    def replay(hidden: Hidden, kept: HyperResiduals) -> Hidden:
         m = kept.mappings
         return Hidden(combine(hidden.x, kept.output, m.post, m.res), m.pre if early else ())
 

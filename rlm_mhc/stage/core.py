@@ -108,13 +108,13 @@ def stage(f: Callable[..., Any], *names: str, constants: tuple[str, ...] = ()) -
     return Stage(forward, backward)
 
 
-def chain(*stages: Stage, keep: bool = True) -> Stage:
-    """One stage after another. Inner inputs are kept, or with `keep=False` replayed by the stages themselves.
+def chain(*stages: Stage) -> Stage:
+    """One stage after another. The residuals are the inner inputs, and those of the stages.
 
     >>> double, square = stage(lambda x: 2 * x), stage(lambda x: x**2)
     >>> both = chain(double, square)
-    >>> y, kept = both.forward({}, torch.tensor(3.0))
-    >>> y, both.backward({}, torch.tensor(3.0), kept, torch.tensor(1.0))
+    >>> y, residuals = both.forward({}, torch.tensor(3.0))
+    >>> y, both.backward({}, torch.tensor(3.0), residuals, torch.tensor(1.0))
     (tensor(36.), ({}, tensor(24.)))
     """
 
@@ -122,27 +122,19 @@ def chain(*stages: Stage, keep: bool = True) -> Stage:
         inputs, inner = [], []
         for s in stages:
             inputs.append(x)
-            x, kept = s.forward(weights, x)
-            inner.append(kept)
-        return x, (tuple(inputs[1:]) if keep else (), tuple(inner))
+            x, own = s.forward(weights, x)
+            inner.append(own)
+        return x, (tuple(inputs[1:]), tuple(inner))
 
-    def replay(x: Any, kept: Any) -> Any:
-        for s, inner in zip(stages, kept[1], strict=True):
-            x = _replay(s, x, inner)
-        return x
-
-    def backward(weights: Weights, x: Any, kept: Any, cotangent: Any) -> tuple[Grads, Any]:
-        inputs = [x, *kept[0]]
-        if not keep:
-            for s, inner in zip(stages[:-1], kept[1][:-1], strict=True):
-                inputs.append(_replay(s, inputs[-1], inner))
+    def backward(weights: Weights, x: Any, residuals: Any, cotangent: Any) -> tuple[Grads, Any]:
+        inputs, inner = residuals
         grads: Grads = {}
-        for s, x_in, inner in reversed(list(zip(stages, inputs, kept[1], strict=True))):
-            own, cotangent = s.backward(weights, x_in, inner, cotangent)
-            grads |= own
+        for s, x_in, own in reversed(list(zip(stages, (x, *inputs), inner, strict=True))):
+            found, cotangent = s.backward(weights, x_in, own, cotangent)
+            grads |= found
         return grads, cotangent
 
-    return Stage(forward, backward, replay)
+    return Stage(forward, backward)
 
 
 def residual(branch: Stage) -> Stage:
@@ -166,8 +158,3 @@ def recompute(s: Stage) -> Stage:
         return s.backward(weights, x, s.forward(weights, x)[1], cotangent)
 
     return Stage(lambda weights, x: (s.forward(weights, x)[0], ()), backward)
-
-
-def _replay(s: Stage, x: Any, kept: Any) -> Any:
-    assert s.replay is not None, "a chain that keeps no inner inputs needs stages that can replay"
-    return s.replay(x, kept)
