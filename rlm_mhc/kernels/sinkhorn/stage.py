@@ -29,6 +29,7 @@ def sinkhorn_knopp(logits: Tensor, *, num_iters: int = 20, eps: float = 0.0) -> 
     Raises:
         RuntimeError: under second derivatives and in forward mode (`jvp`); use the reference.
 
+    >>> import torch
     >>> sinkhorn_knopp(torch.zeros(2, 2))
     tensor([[0.5000, 0.5000],
             [0.5000, 0.5000]])
