@@ -22,7 +22,7 @@ class Call(NamedTuple):
 
 VALUES = Call(
     second=["same", "other", "view", "other dtype"],
-    first=["plain", "larger", "float64", "transposed", "requires grad"],
+    first=["plain", "larger", "float64", "transposed", "requires grad", "meta"],
     more=[0, 1, 2, 3],
     factor=[2, 3, 0.5],
 )
@@ -40,7 +40,7 @@ def successive_calls(draw: Any) -> list[Call]:
 
 def arguments(call: Call) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...], float]:
     size, dtype = 3 if call.first == "larger" else 2, torch.float64 if call.first == "float64" else torch.float32
-    a = torch.arange(size**2, dtype=dtype).reshape(size, size) + 1
+    a = torch.arange(size**2, dtype=dtype, device="meta" if call.first == "meta" else "cpu").reshape(size, size) + 1
     a = (a.T if call.first == "transposed" else a).requires_grad_(call.first == "requires grad")
     other = a.detach().flip(0)
     b = {"same": a, "view": a.view(a.shape), "other": other, "other dtype": other.half()}[call.second]
@@ -58,7 +58,7 @@ def test_compiled_calls_return_what_uncompiled_ones_do_in_any_order(calls):
     run = compile_whole(f, backend="aot_eager")
     for call in calls:
         actual, expected = run(*arguments(call)), f(*arguments(call))
-        assert actual[0].dtype == expected[0].dtype
-        assert actual[0].requires_grad == expected[0].requires_grad
-        assert torch.equal(actual[0], expected[0])
+        for name in ("dtype", "device", "shape", "requires_grad"):
+            assert getattr(actual[0], name) == getattr(expected[0], name)
+        assert expected[0].is_meta or torch.equal(actual[0], expected[0])
         assert actual[1:] == expected[1:]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlm_mhc.fn.layout import packed
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.tree import tree_leaves, tree_map
 from rlm_mhc.types import Scalar
@@ -41,7 +42,11 @@ def leaf_norms(tree: Any) -> Float[Tensor, "leaves"]:
 
 
 def _piece_norms(x: Tensor) -> list[Tensor]:
-    """Return the norms of consecutive pieces of `PIECE` entries."""
+    """Return the norms of consecutive pieces of `PIECE` entries.
+
+    Entries must be adjacent: torch adds up strided ones one after the other, in an order that rounds worse.
+    """
+    x = packed(x)
     if torch.promote_types(x.dtype, torch.float32) != x.dtype:
         return [norm for chunk in x.reshape(-1).split(WIDENED_AT_ONCE) for norm in _piece_norms(widen(chunk))]
     whole = x.numel() // PIECE * PIECE

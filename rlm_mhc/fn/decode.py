@@ -13,7 +13,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
 from rlm_mhc.fn.cache import Cache, write_at, write_first
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.layout import require_entries
+from rlm_mhc.fn.layout import overlap, require_entries
 from rlm_mhc.fn.lm import embed, head
 from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.fn.rope import rotary_table
@@ -50,7 +50,8 @@ def prefill(
             be differentiated.
 
     Raises:
-        ValueError: when `tokens` is empty, s exceeds the room in the cache, or the cache is of another model or batch.
+        ValueError: when `tokens` is empty, s exceeds the room in the cache, the cache is of another model or batch, or
+            tensors of a donated cache share memory.
 
     >>> from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
@@ -60,7 +61,7 @@ def prefill(
     """
     require_entries("tokens", tokens)
     length = tokens.shape[-1]
-    _require_fit(cache, tokens.shape[:-1], config)
+    _require_fit(cache, tokens.shape[:-1], config, donate)
     if length > cache.size:
         raise ValueError(f"prompt of {length} tokens: the cache has room for 1 to {cache.size}")
     if lengths is None:
@@ -96,8 +97,8 @@ def decode_step(
         donate: as in `prefill`.
 
     Raises:
-        ValueError: when the cache is one of another model or batch, or a row of it is full; where that cannot be known
-            without waiting for the device or under a transform, it is PyTorch's error of an index.
+        ValueError: as in `prefill`, and when a row of the cache is full; where that cannot be known without
+            waiting for the device or under a transform, it is PyTorch's error of an index.
 
     >>> from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
@@ -107,7 +108,7 @@ def decode_step(
     >>> cache.lengths
     tensor([4])
     """
-    _require_fit(cache, tokens.shape, config)
+    _require_fit(cache, tokens.shape, config, donate)
     _require_room(cache)
     positions = cache.lengths.unsqueeze(-1)
     visible = torch.arange(cache.size, dtype=torch.int64, device=tokens.device) <= positions
@@ -185,13 +186,19 @@ def _last(lengths: Tensor, x: Tensor) -> Tensor:
     return x.take_along_dim(index.expand(*lengths.shape, 1, *x.shape[axis + 1 :]), dim=axis)
 
 
-def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig) -> None:
+def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig, donate: bool) -> None:
     expected = (*batch, config.kv_heads, cache.size, config.head_width)
     if len(cache.keys) != config.num_layers or cache.keys[0].shape != expected:
         raise ValueError(
             f"cache of {len(cache.keys)} layers of {tuple(cache.keys[0].shape)}: these tokens and this model need "
             f"{config.num_layers} of {expected}; make it by fn.init_cache"
         )
+    # In a graph and under transforms tensors have no address.
+    if donate and not torch.compiler.is_compiling() and not is_transformed(cache.keys[0]):
+        if places := overlap([*cache.keys, *cache.values]):
+            names = [f"cache.{name}[{layer}]" for name in ("keys", "values") for layer in range(config.num_layers)]
+            one, other = (names[place] for place in places)
+            raise ValueError(f"{one} and {other} share memory, and donate=True writes in place; clone one of them")
 
 
 def _require_room(cache: Cache) -> None:

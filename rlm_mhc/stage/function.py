@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+from rlm_mhc.fn.transforms import in_forward_mode
 from rlm_mhc.stage.core import Stage, Weights
 
 NO_SECOND = "fused kernels have no second derivatives and no forward mode; use the reference kernels"
@@ -65,7 +67,7 @@ def as_function(
         # Under torch.compile the backward of a Function is dropped where all its arguments are what is differentiated
         # (pytorch issue 193279); views of them are not.
         absent = (None,) * (MOST_INPUTS - len(tensors))
-        found = _Function.apply(call, *(t.view_as(t) for t in tensors), *absent)
+        found = _apply(_Function, call, *(t.view_as(t) for t in tensors), *absent)
         return found[0] if outputs == 1 else found[:outputs]
 
     return function
@@ -88,6 +90,17 @@ def _in_jvp_or_two_gradients() -> bool:
     return TransformType.Jvp in levels or levels.count(TransformType.Grad) > 1
 
 
+def _apply(function: type[torch.autograd.Function], call: _Call, *tensors: Any) -> Any:
+    if torch.compiler.is_compiling() or not in_forward_mode():
+        return function.apply(call, *tensors)
+    try:
+        return function.apply(call, *tensors)
+    except (NotImplementedError, RuntimeError) as error:  # a `jvp` that raises would not be traced by the compiler
+        if "jvp" not in str(error):
+            raise
+        raise RuntimeError(f"{NO_SECOND}: {call.name}") from error
+
+
 class _Function(torch.autograd.Function):
     # Without a gradient dynamo takes the first argument for a context where their number may vary.
     @staticmethod
@@ -107,7 +120,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         tensors = (*ctx.saved_tensors, *cotangents[: ctx.call.outputs])
         # The number of arguments varies here too, which dynamo does not trace; it has refused a second derivative.
-        run = _gradient if torch.compiler.is_compiling() else _Gradient.apply
+        run = _gradient if torch.compiler.is_compiling() else partial(_apply, _Gradient)
         return None, *run(ctx.call, *tensors), *(None,) * (MOST_INPUTS - ctx.call.inputs)
 
     @staticmethod

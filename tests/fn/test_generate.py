@@ -196,6 +196,17 @@ def test_a_wrong_value_is_named_before_anything_runs(how, message):
         fn.generate_steps(params, tokens, config, **(dict(max_new_tokens=2) | how))
 
 
+@pytest.mark.parametrize("run", [fn.prefill, fn.decode_step])
+def test_a_donated_cache_whose_tensors_share_memory_is_refused(run):
+    config = small_config()
+    cache = fn.init_cache(config, 1, 4)
+    shared = cache._replace(values=(*cache.values[:-1], cache.keys[0]))
+    tokens = torch.ones((1, 2) if run is fn.prefill else 1, dtype=torch.int64)
+    run(fn.init(config), tokens, config, shared)
+    with pytest.raises(ValueError, match=rf"cache\.keys\[0\] and cache\.values\[{config.num_layers - 1}\]"):
+        run(fn.init(config), tokens, config, shared, donate=True)
+
+
 def test_a_cache_that_is_too_small_or_of_another_model_is_refused():
     config, params, tokens = model()
     with pytest.raises(ValueError, match="room for 1 to 13"):

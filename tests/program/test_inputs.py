@@ -11,7 +11,7 @@ from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, small_training
+from rlm_mhc.testing.models import disturbed, double, small_training
 from rlm_mhc.tree import tree_leaves, tree_map
 
 CONFIG = small_config()
@@ -93,10 +93,11 @@ def test_gradients_that_are_one_tensor_are_accumulated_apart():
         return fn.linear(params.down_proj, fn.linear(Linear(both), x))
 
     kernels = fn.REFERENCE._replace(swiglu=swiglu)
-    params, batch = disturbed(fn.init(CONFIG)), random_batch(CONFIG, 2, 9)
-    found = make_gradients(CONFIG, kernels)(params, [batch, batch, batch], torch.ones(()))
-    once = make_gradients(CONFIG, kernels)(params, [batch], torch.tensor(3.0))
-    assert_trees_close(found.grads, once.grads, 1e-5)
+    params, batch = double(disturbed(fn.init(CONFIG))), random_batch(CONFIG, 2, 9)
+    one = torch.ones((), dtype=torch.float64)
+    found = make_gradients(CONFIG, kernels)(params, [batch, batch, batch], one)
+    once = make_gradients(CONFIG, kernels)(params, [batch], 3 * one)
+    assert_trees_close(found.grads, once.grads, 1e-12)
 
 
 def batch_of(*shape, dtype=torch.int64):
