@@ -194,11 +194,11 @@ def _require_fit(cache: Cache, batch: torch.Size, config: ModelConfig, donate: b
             f"{config.num_layers} of {expected}; make it by fn.init_cache"
         )
     # In a graph and under transforms tensors have no address.
-    if donate and not torch.compiler.is_compiling() and not is_transformed(cache.keys[0]):
-        if places := overlap([*cache.keys, *cache.values]):
-            names = [f"cache.{name}[{layer}]" for name in ("keys", "values") for layer in range(config.num_layers)]
-            one, other = (names[place] for place in places)
-            raise ValueError(f"{one} and {other} share memory, and donate=True writes in place; clone one of them")
+    addressed = donate and not torch.compiler.is_compiling() and not is_transformed(cache.keys[0])
+    if addressed and (places := overlap([*cache.keys, *cache.values])):
+        names = [f"cache.{name}[{layer}]" for name in ("keys", "values") for layer in range(config.num_layers)]
+        one, other = (names[place] for place in places)
+        raise ValueError(f"{one} and {other} share memory, and donate=True writes in place; clone one of them")
 
 
 def _require_room(cache: Cache) -> None:
