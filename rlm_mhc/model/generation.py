@@ -42,15 +42,20 @@ class BoundedGeneration:
         return prepared
 
     def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
-        """As in transformers; the manager's `add_request` raises `LengthError`."""
+        """As in transformers; the manager's `add_request` raises `LengthError`.
+
+        A request without `max_new_tokens` may fill the model's window.
+        """
         manager = super().init_continuous_batching(*args, **options)  # type: ignore[misc]
         add, signature = manager.add_request, inspect.signature(manager.add_request)
 
         def add_request(*args: Any, **options: Any) -> Any:
-            given = signature.bind(*args, **options).arguments
-            count = given.get("max_new_tokens") or manager.generation_config.max_new_tokens or 1
-            self._require_room(len(given["input_ids"]) + count, "max_new_tokens")
-            return add(*args, **options)
+            given = signature.bind(*args, **options)
+            length, limit = len(given.arguments["input_ids"]), self.config.max_position_embeddings
+            count = given.arguments.get("max_new_tokens") or manager.generation_config.max_new_tokens
+            self._require_room(length + (count or 1), "max_new_tokens")
+            given.arguments["max_new_tokens"] = count or limit - length
+            return add(*given.args, **given.kwargs)
 
         manager.add_request = add_request
         return manager
@@ -58,7 +63,7 @@ class BoundedGeneration:
     def generate_batch(
         self, inputs: Sequence[Sequence[int]], generation_config: Any = None, *args: Any, **options: Any
     ) -> Any:
-        """As in transformers.
+        """As in transformers; without `max_new_tokens` a request may fill the model's window.
 
         Raises:
             LengthError: where a prompt and the new tokens are more than `max_seq_len`.

@@ -15,7 +15,7 @@ from rlm_mhc.model.backbone import CACHE, RLMBackbone
 from rlm_mhc.model.block import linear_tree
 from rlm_mhc.model.config import RLMConfig
 from rlm_mhc.model.generation import BoundedGeneration
-from rlm_mhc.model.pretrained import RLMPreTrainedModel
+from rlm_mhc.model.pretrained import HEADS, RLMPreTrainedModel
 from rlm_mhc.params import Embedding, Linear, LMParams
 
 
@@ -37,6 +37,7 @@ class RLMModel(BoundedGeneration, RLMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    optional_weights = HEADS - {"lm_head.weight"}
 
     def __init__(self, config: RLMConfig | ModelConfig) -> None:
         super().__init__(config)

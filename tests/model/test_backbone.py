@@ -64,6 +64,16 @@ def test_every_class_reads_what_any_class_wrote(make_model, tokens, tmp_path, au
         assert torch.equal(fn.forward(params, tokens, config), lm(tokens).logits)
 
 
+def test_a_classifiers_tied_folder_is_a_language_model_too(make_model, tokens, tmp_path):
+    lm = make_model(tie_embeddings=True)
+    lm.save_pretrained(tmp_path / "lm")
+    RLMForSequenceClassification.from_pretrained(tmp_path / "lm").save_pretrained(tmp_path / "classifier")
+    assert "score.weight" in stored_names(tmp_path / "classifier")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "classifier", output_loading_info=True)
+    assert info["unexpected_keys"] == {"score.weight"}
+    assert torch.equal(loaded(tokens).logits, lm(tokens).logits)
+
+
 @pytest.mark.parametrize("kind", CLASSES.values(), ids=lambda kind: kind.__name__)
 def test_a_folder_of_fn_is_read_by_every_class(tokens, tmp_path, kind):
     config = small_config()

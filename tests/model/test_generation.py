@@ -6,6 +6,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from rlm_mhc.model.generation import LengthError
 
+SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by default it takes most of the memory
 LIMIT = 64  # of `small_config`
 
 
@@ -17,8 +18,7 @@ def greedy():
 def test_a_paged_cache_generates_the_same_tokens(make_model, tokens, greedy):
     model = make_model()
     expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=greedy)[:, 9:]
-    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by default it takes most of the memory
-    options = dict(generation_config=greedy, continuous_batching_config=small, warmup=False)
+    options = dict(generation_config=greedy, continuous_batching_config=SMALL, warmup=False)
     results = model.generate_batch(tokens.tolist(), **options)
     rows = [result.generated_tokens for result in results.values()]
     assert [row + [60] * (8 - len(row)) for row in rows] == expected.tolist()
@@ -58,6 +58,18 @@ def test_a_batch_of_requests_has_the_same_bound(make_model, tokens, greedy):
         manager.add_request([1] * (LIMIT - 8 + 1))
     with pytest.raises(LengthError):
         manager.add_request([1] * 9, "name", LIMIT - 9 + 1)
+
+
+def test_requests_without_a_number_of_new_tokens_may_fill_the_window(make_model, tokens, greedy):
+    model = make_model()
+    greedy.max_new_tokens = None
+    prompts = [[1] * (LIMIT - 4), tokens[0].tolist()]
+    results = model.generate_batch(prompts, generation_config=greedy, warmup=False, continuous_batching_config=SMALL)
+    expected = [
+        model.generate(torch.tensor([row]), max_length=LIMIT, eos_token_id=None)[0, len(row) :] for row in prompts
+    ]
+    assert [result.generated_tokens for result in results.values()] == [row.tolist() for row in expected]
+    assert [result.error for result in results.values()] == [None, None]
 
 
 def test_a_forward_beyond_the_longest_sequence_is_refused_with_and_without_a_cache(make_model, tokens):
