@@ -17,6 +17,7 @@ from rlm_mhc import ModelConfig, fn, load_pretrained
 from rlm_mhc.checkpoint.config_files import load_generation_config, stop_tokens
 from rlm_mhc.data.tokenizer import id_bound, load_tokenizer
 from rlm_mhc.disk import text_lines
+from rlm_mhc.params import with_one_matrix_dtype
 from rlm_mhc.program import make_decoder
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import check_compiler
@@ -103,6 +104,7 @@ def main(run: GenerateConfig) -> None:
     device = pick_device(run.device)
     check_compiler(device, run.compile)
     params, config = load_pretrained(run.checkpoint, device=device)
+    params = with_one_matrix_dtype(params, config)
     tokenizer = load_tokenizer(run.checkpoint, config.vocab_size)
     stops = stop_tokens(load_generation_config(Path(run.checkpoint))) or [tokenizer.eos_token_id]
     prompts = [(prompt, encode(tokenizer, prompt)) for prompt in read_prompts(run)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from rlm_mhc import ModelConfig, TrainConfig, fn, load_pretrained, save_pretrained
-from rlm_mhc.params import matrix_dtype
+from rlm_mhc.params import matrix_dtype, with_one_matrix_dtype
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.program.step import make_train_step
 from rlm_mhc.testing import TOLERANCE, largest_difference
@@ -184,6 +184,7 @@ def subject(run: ValidateConfig) -> Subject:
     device = pick_device(run.device)
     if run.checkpoint:
         params, config = load_pretrained(run.checkpoint, device=device)
+        params = with_one_matrix_dtype(params, config)
     else:
         config = run.model
         params = fn.init(config, seed=run.seed, device=device)

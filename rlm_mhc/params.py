@@ -256,11 +256,25 @@ def matrix_dtype(named: Mapping[str, Tensor], config: ModelConfig) -> torch.dtyp
     >>> matrix_dtype(named_leaves(init(config, dtype=torch.bfloat16)), config)
     torch.bfloat16
     """
+    return _matrix_dtypes(named, config).most_common(1)[0][0]
+
+
+def with_one_matrix_dtype(params: LMParams, config: ModelConfig) -> LMParams:
+    """Return the tree; where its matrices have several dtypes, cast to the one that most entries have.
+
+    A product of two dtypes is an error in PyTorch.
+    """
+    named = named_leaves(params)
+    mixed = len(_matrix_dtypes(named, config)) > 1
+    return cast(params, config, matrix_dtype(named, config)) if mixed else params
+
+
+def _matrix_dtypes(named: Mapping[str, Tensor], config: ModelConfig) -> Counter[torch.dtype]:
     sizes: Counter[torch.dtype] = Counter()
     for name, spec in named_leaves(weight_table(config)).items():
         if spec.decay and not spec.fp32:
             sizes[named[name].dtype] += named[name].numel()
-    return sizes.most_common(1)[0][0]
+    return sizes
 
 
 def count(config: ModelConfig) -> int:

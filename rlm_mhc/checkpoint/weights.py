@@ -67,13 +67,22 @@ def load_pretrained(
     """
     folder = Path(path)
     config = load_config(folder)
+    require_unquantised(folder)
+    return from_named(weight_table(config), read_weights(folder, config, device, verify=verify)), config
+
+
+def require_unquantised(folder: Path) -> None:
+    """Refuse quantised weights, which no function of `fn` takes.
+
+    Raises:
+        ValueError: naming the method.
+    """
     if (how := quantization(folder)) is not None:
         method = how.get("quant_method") if isinstance(how, dict) else how
         raise ValueError(
             f"{folder}: its weights are quantised ({method}); load it by RLMModel.from_pretrained, or save what that "
             "model's dequantize() returns"
         )
-    return from_named(weight_table(config), read_weights(folder, config, device, verify=verify)), config
 
 
 def read_weights(

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlm_mhc.checkpoint.config_files import CONFIG_FILE, load_config, special_tokens
 from rlm_mhc.checkpoint.shards import SHARD_BYTES, write_shards
-from rlm_mhc.checkpoint.weights import dtype_name, require_fit
+from rlm_mhc.checkpoint.weights import dtype_name, require_fit, require_unquantised
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.convert.fields import theirs_from_config
 from rlm_mhc.convert.layouts import ARCHITECTURES, theirs_from_names
@@ -82,6 +82,7 @@ def _checkpoint(params_or_dir: Any, config: ModelConfig | None) -> tuple[ModelCo
     if config is None:
         folder = Path(params_or_dir)
         config = load_config(folder)
+        require_unquantised(folder)
         source = folder_source(folder)
     else:
         source = Source({}, *held_tensors(named_leaves(params_or_dir)), "the tree", lambda output: None)

@@ -130,7 +130,8 @@ def _rope_theta(given: Mapping[str, Any], where: str) -> Any:
     scales = [rope.get("partial_rotary_factor"), given.get("partial_rotary_factor"), rope.get("factor")]
     others = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
     if kind not in ("default", "linear") or any(x not in (None, 1.0) for x in scales) or others:
-        raise ValueError(f"{where}: rotary embedding {dict(rope)}: this library has the default one of all dimensions")
+        shown = dict(rope) | {key: given[key] for key in ("partial_rotary_factor",) if given.get(key) is not None}
+        raise ValueError(f"{where}: rotary embedding {shown}: this library has the default one of all dimensions")
     return rope.get("rope_theta", given.get("rope_theta", 10000.0))
 
 

@@ -30,6 +30,7 @@ COMPANIONS = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.spm",
     "*.tiktoken",
     "tekken.json",
     "bpe.codes",
@@ -41,8 +42,10 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
     GENERATION_FILE,
-    "LICENSE*",
+    "[Ll][Ii][Cc][Ee][Nn][CScs][Ee]*",
+    "COPYING*",
     "NOTICE*",
+    "USE_POLICY*",
 )
 
 

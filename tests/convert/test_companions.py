@@ -9,7 +9,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, 
 from rlm_mhc.convert import to_llama, upcycle
 from rlm_mhc.model import RLMModel
 
-LICENCE = ("LICENSE", "LICENSE.txt", "NOTICE")
+LICENCE = ("LICENSE", "LICENSE.txt", "license.md", "Licence", "COPYING", "NOTICE", "USE_POLICY.md")
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja")
 TOKENIZERS = (
     "tokenizer.json",
@@ -25,6 +25,7 @@ TOKENIZERS = (
     "tekken.json",
     "sentencepiece.bpe.model",
     "spiece.model",
+    "source.spm",
     "qwen.tiktoken",
 )
 OTHERS = ("README.md", "notes.txt", "modeling_own.py", "training_args.bin", "trainer_state.json", "optimizer.pt")

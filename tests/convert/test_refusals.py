@@ -59,7 +59,11 @@ def change(folder, **changes):
         # transformers takes rope_scaling where there are both.
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rotary .*linear"),
         ("mistral", {"sliding_window": 32, "use_sliding_window": False}, "sliding_window=32"),
-        ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": "absent"}, "all dimensions"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5, "rope_parameters": "absent"},
+            r"'partial_rotary_factor': 0\.5.*all dim",
+        ),
         ("llama", {"rope_parameters": [1]}, "expected a group of keys"),
         ("mistral", {"sliding_window": 32}, "sliding_window=32: .*give max_seq_len=32"),
         ("mistral", {"sliding_window": "absent", "max_position_embeddings": 5000}, "sliding_window=4096"),

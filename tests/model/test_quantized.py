@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import rlm_mhc
+from rlm_mhc.convert import to_llama
 
 
 def bits_and_bytes(**options):
@@ -62,3 +63,5 @@ def test_quantized_weights_are_no_tree(make_model, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ValueError, match=r"quantised \(fp8\); load it by RLMModel"):
         rlm_mhc.load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"quantised \(fp8\)"):
+        to_llama(tmp_path, tmp_path / "llama")

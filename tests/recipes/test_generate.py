@@ -16,6 +16,7 @@ from rlm_mhc.testing.models import disturbed, with_wide_vectors
 from rlm_mhc.testing.tokenizers import tokenizer_with_gaps
 from rlm_mhc.train.outlets import Outlet, visible
 from rlm_mhc.train.text import encode, sample_text, text_pieces
+from rlm_mhc.tree import tree_map
 
 WORDS = "Ünïcödé 数学 🙂🧮 grows; so does the list of words. "
 
@@ -51,15 +52,17 @@ def test_text_is_that_of_generate_and_the_same_for_the_same_seed(recipe, checkpo
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_norms_in_another_dtype_are_no_hindrance(recipe, checkpoint, tmp_path):
+def test_weights_of_several_dtypes_are_no_hindrance(recipe, checkpoint, tmp_path):
     params, config = load_pretrained(checkpoint)
     half = fn.cast(params, config, torch.bfloat16)
+    wide = tree_map(torch.Tensor.float, half.embed_tokens)
     texts = []
-    for name, tree in (("half", half), ("mixed", with_wide_vectors(half))):
+    trees = {"half": half, "wide norms": with_wide_vectors(half), "wide embedding": half._replace(embed_tokens=wide)}
+    for name, tree in trees.items():
         shutil.copytree(checkpoint, tmp_path / name)
         save_pretrained(tmp_path / name, tree, config)
         texts.append(run(recipe, tmp_path / name, "prompt=the list", "max_new_tokens=8", "temperature=0").out)
-    assert texts[0] == texts[1] != "the list\n"
+    assert texts[0] == texts[1] == texts[2] != "the list\n"
 
 
 def test_generation_ends_where_the_checkpoint_says(recipe, checkpoint, tmp_path):
