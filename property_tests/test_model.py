@@ -85,7 +85,7 @@ def test_no_mhc_weight_of_a_sub_layer_starts_where_gradients_vanish(config, seed
     hidden = fn.Hidden(x, x[..., 0] if PRESETS[config.mhc_preset].early_pre else ())
 
     def weighted(params):
-        (out, pre), _ = fn.hyper_connection(params, hidden, torch.sin, config)
+        (out, pre), _, _ = fn.hyper_connection(params, hidden, torch.sin, config)
         return (cotangent * (out if pre == () else out + pre.unsqueeze(-1))).sum()
 
     # An alpha is one number, whose gradient may be small by chance.
@@ -113,7 +113,7 @@ def test_a_sub_layer_mixes_reads_and_writes_streams_as_written(config, seed):
     x = torch.randn(2, n, c, generator=generator, dtype=torch.float64)
     given_pre = torch.rand(2, n, generator=generator, dtype=torch.float64)
     early = PRESETS[config.mhc_preset].early_pre
-    out, (res,) = fn.hyper_connection(params, fn.Hidden(x, given_pre if early else ()), torch.sin, config)
+    out, (res,), _ = fn.hyper_connection(params, fn.Hidden(x, given_pre if early else ()), torch.sin, config)
     pre, post, _ = fn.mhc_mappings(params, x, **config.mhc_options)
     branch = torch.sin(torch.einsum("bj,bjc->bc", given_pre if early else pre, x))
     expected = torch.einsum("bij,bjc->bic", res, x) + torch.einsum("bi,bc->bic", post, branch)

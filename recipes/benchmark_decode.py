@@ -65,7 +65,7 @@ def ours(run: DecodeConfig, config: ModelConfig, prompts: Tensor) -> Callable[[]
         def decode() -> Tensor:
             logits, cache = state
             for _ in range(run.new_tokens):
-                logits, cache = decoder.step(params, logits.argmax(-1), config, cache)
+                logits, cache = decoder.extend(params, logits.argmax(-1, keepdim=True), config, cache)
             return logits
 
         return decode

@@ -117,7 +117,7 @@ def reading_errors(biases: Mapping[str, Tensor], config: ModelConfig) -> Iterato
             return output
 
         weights = _without_gates(biases[site], config.mhc_flows * len(unit), 3)
-        hidden, _ = hyper_connection(MHCParams(*weights), hidden, branch, config)
+        hidden = hyper_connection(MHCParams(*weights), hidden, branch, config).hidden
         yield site, max(_distance(read[0], count), _distance(hidden.x.mean(-2), count + 1))
     head = MHCHead(*_without_gates(biases["head_mhc"], config.mhc_flows * len(unit), 1)) if "head_mhc" in biases else ()
     unused = Embedding(unit), (), RMSNorm(unit), ()

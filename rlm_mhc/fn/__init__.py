@@ -3,16 +3,17 @@
 Differentiate, batch and compile them as you like: `torch.func.grad_and_value(fn.loss)(params, batch, config)`.
 """
 
-from rlm_mhc.fn.attention import causal_attention, self_attention
-from rlm_mhc.fn.block import BlockOutput, block, hyper_connection
+from rlm_mhc.fn.attention import Attended, attend, causal_attention, masked_attention, self_attention
+from rlm_mhc.fn.block import BlockOutput, HyperOutput, block, hyper_connection
 from rlm_mhc.fn.cache import Cache, init_cache
 from rlm_mhc.fn.clip import clip_by_global_norm, global_norm
-from rlm_mhc.fn.decode import cached_attention, decode_step, prefill
+from rlm_mhc.fn.context import Context, positions
+from rlm_mhc.fn.decode import decode_step, extend, prefill
 from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error, stream_dominance
 from rlm_mhc.fn.generate import Decoder, Drawn, Generated, generate, generate_steps
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.linear import embedding, linear
-from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head, positions
+from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head
 from rlm_mhc.fn.lora import Adapter, LoraParams, lora_init, lora_merge
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
 from rlm_mhc.fn.mhc import (
@@ -39,14 +40,17 @@ __all__ = [
     "REFERENCE",
     "AdamWState",
     "Adapter",
+    "Attended",
     "Backbone",
     "Batch",
     "BlockOutput",
     "Cache",
+    "Context",
     "Decoder",
     "Drawn",
     "Generated",
     "Hidden",
+    "HyperOutput",
     "Kernels",
     "LMParams",
     "LoraParams",
@@ -56,9 +60,9 @@ __all__ = [
     "Sampling",
     "adamw",
     "adamw_init",
+    "attend",
     "backbone",
     "block",
-    "cached_attention",
     "cast",
     "causal_attention",
     "clip_by_global_norm",
@@ -76,6 +80,7 @@ __all__ = [
     "embedding",
     "enter",
     "expand_streams",
+    "extend",
     "filter_logits",
     "forward",
     "generate",
@@ -89,6 +94,7 @@ __all__ = [
     "lora_init",
     "lora_merge",
     "loss",
+    "masked_attention",
     "mhc_aggregate",
     "mhc_combine",
     "mhc_mappings",

@@ -1,13 +1,16 @@
 """Causal self-attention with grouped heads."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rlm_mhc.fn.context import Context, attention_mask
 from rlm_mhc.fn.linear import linear
 from rlm_mhc.fn.norm import rms_norm
 from rlm_mhc.fn.rope import rotary_embedding
@@ -35,26 +38,89 @@ def causal_attention(
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
 
 
-def self_attention(
-    params: SelfAttention | Callable[..., Tensor],
-    x: Float[Tensor, "*b s c"],
-    cos: RotaryTable,
-    sin: RotaryTable,
+class Attended(NamedTuple):
+    """`output`: of attention; `cache`: a layer's keys and values with the new ones, or what `attend` returns there."""
+
+    output: Tensor
+    cache: Any
+
+
+# How a layer attends: `attend(q, k, v, context, cache)`, heads `[*b, h, s, d]`.
+Attend = Callable[[Tensor, Tensor, Tensor, Context, Any], Attended]
+
+
+def attend(
+    q: Float[Tensor, "*b h s d"],
+    k: Float[Tensor, "*b kv s d"],
+    v: Float[Tensor, "*b kv s d"],
+    context: Context,
+    cache: tuple[()] = (),
     attention: Callable[[Tensor, Tensor, Tensor], Tensor] = causal_attention,
+) -> Attended:
+    """Attend within the sequence, and within its documents and window; without a cache.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        context: where the tokens stand.
+        cache: none.
+        attention: `causal_attention`, or another function of it; not used with documents or a window.
+
+    >>> import torch
+    >>> heads, table = torch.ones(1, 2, 3, 4), torch.zeros(3, 2)
+    >>> attend(heads, heads, heads, Context(table, table)).output.shape
+    torch.Size([1, 2, 3, 4])
+    """
+    mask = attention_mask(context)
+    return Attended(attention(q, k, v) if mask is None else masked_attention(q, k, v, mask), cache)
+
+
+def masked_attention(
+    q: Float[Tensor, "*b h s d"],
+    k: Float[Tensor, "*b kv places d"],
+    v: Float[Tensor, "*b kv places d"],
+    mask: Bool[Tensor, "*t s places"],
+) -> Float[Tensor, "*b h s d"]:
+    """`softmax(q · kᵀ / sqrt(d)) · v` over the places where `mask[query, key]` is True.
+
+    Query head `i` reads key/value head `i // (h / kv)`. The heads of a group stand side by side as if they were
+    positions, so that keys and values are not repeated.
+
+    >>> import torch
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> masked_attention(torch.ones(1, 4, 1, 2), *[torch.ones(1, 2, 3, 2)] * 2, mask)[0, 0]
+    tensor([[1., 1.]])
+    """
+    group = q.shape[-3] // k.shape[-3]
+    grouped = rearrange(q, "... (kv group) s d -> ... kv (group s) d", group=group)
+    mask = mask.repeat(*(1,) * (mask.dim() - 2), group, 1).unsqueeze(-3)
+    with sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext():
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    return rearrange(out, "... kv (group s) d -> ... (kv group) s d", group=group)
+
+
+def self_attention(
+    params: SelfAttention | Callable[..., Attended],
+    x: Float[Tensor, "*b s c"],
+    context: Context,
+    cache: Any = (),
+    attend: Attend = attend,
     norm: Callable[[Tensor, Tensor], Tensor] = rms_norm,
-) -> Float[Tensor, "*b s c"]:
-    """Project to heads (`heads`), attend by `attention(q, k, v)`, project back; or `params(x, cos, sin, attention,
-    norm)` where a function stands in for the weights.
+) -> Attended:
+    """Project to heads (`heads`), attend, project back; or `params(x, context, cache, attend, norm)` where a function
+    stands in for the weights.
 
     >>> import torch; from rlm_mhc import fn, ModelConfig
-    >>> layer = fn.init(ModelConfig.preset("tiny")).layers[0]
-    >>> fn.self_attention(layer.self_attn, torch.randn(1, 7, 128), *fn.rotary_table(torch.arange(7), 32)).shape
+    >>> config = ModelConfig.preset("tiny")
+    >>> layer, context = fn.init(config).layers[0], fn.positions(torch.zeros(1, 7, dtype=torch.int64), config)
+    >>> fn.self_attention(layer.self_attn, torch.randn(1, 7, 128), context).output.shape
     torch.Size([1, 7, 128])
     """
     if not isinstance(params, SelfAttention):
-        return params(x, cos, sin, attention, norm)
-    out = attention(*heads(params, x, cos, sin, norm))
-    return linear(params.o_proj, rearrange(out, "... h s d -> ... s (h d)"))
+        return params(x, context, cache, attend, norm)
+    out, cache = attend(*heads(params, x, context.cos, context.sin, norm), context, cache)
+    return Attended(linear(params.o_proj, rearrange(out, "... h s d -> ... s (h d)")), cache)
 
 
 def heads(

@@ -8,52 +8,81 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.fn.attention import self_attention
+from rlm_mhc.fn.attention import Attend, Attended, self_attention
+from rlm_mhc.fn.attention import attend as attend_sequence
+from rlm_mhc.fn.context import Context
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.params import Layer, MHCParams
-from rlm_mhc.types import RotaryTable
 
 
 class BlockOutput(NamedTuple):
     """`hidden`: the state after the block; `res`: the residual mappings of its attention and MLP, each
-    `[*b, s, n, n]` (without mHC none)."""
+    `[*b, s, n, n]` (without mHC none); `cache`: what `attend` returned there."""
 
     hidden: Hidden
     res: tuple[Tensor, ...]
+    cache: Any = ()
+
+
+class HyperOutput(NamedTuple):
+    """`hidden`: the state after a sub-layer; `res`: its residual mapping, if there is one; `aux`: what the branch
+    returned beside its output."""
+
+    hidden: Hidden
+    res: tuple[Tensor, ...]
+    aux: Any = ()
 
 
 def block(
     params: Layer,
     hidden: Hidden,
-    cos: RotaryTable,
-    sin: RotaryTable,
+    context: Context,
     config: ModelConfig,
     kernels: Kernels = REFERENCE,
+    cache: Any = (),
+    attend: Attend | None = None,
 ) -> BlockOutput:
     """Pre-norm attention, then pre-norm SwiGLU, around streams `[*b, s, n, c]` (without mHC `[*b, s, c]`).
+
+    Args:
+        params: the weights of one layer.
+        hidden: the state before the block.
+        context: where the tokens stand.
+        config: the model's shape.
+        kernels: the operations to run it with.
+        cache: the layer's own, handed to `attend`.
+        attend: how the layer attends; None: within the sequence, by `kernels.attention`.
 
     >>> import torch; from rlm_mhc import fn
     >>> config = ModelConfig.preset("tiny")
     >>> hidden = fn.Hidden(torch.randn(1, 7, config.mhc_flows, config.hidden_dim))
-    >>> fn.block(fn.init(config).layers[0], hidden, *fn.rotary_table(torch.arange(7), 32), config).hidden.x.shape
+    >>> context = fn.positions(torch.zeros(1, 7, dtype=torch.int64), config)
+    >>> fn.block(fn.init(config).layers[0], hidden, context, config).hidden.x.shape
     torch.Size([1, 7, 4, 128])
     """
+    attend = attend or partial(attend_sequence, attention=kernels.attention)
     if kernels.block is not None and config.mhc_enabled:
-        return kernels.block(params, hidden, cos, sin, config, kernels)
-    attention = partial(_attention, params, cos, sin, config.norm_eps, kernels)
+        return kernels.block(params, hidden, context, config, kernels, cache, attend)
+    attention = partial(_attention, params, context, cache, attend, config.norm_eps, kernels)
     mlp = partial(_mlp, params, config.norm_eps, kernels)
-    hidden, attn_res = hyper_connection(params.attn_mhc, hidden, attention, config, kernels)
-    hidden, mlp_res = hyper_connection(params.mlp_mhc, hidden, mlp, config, kernels)
-    return BlockOutput(hidden, attn_res + mlp_res)
+    hidden, attn_res, cache = hyper_connection(params.attn_mhc, hidden, attention, config, kernels, has_aux=True)
+    hidden, mlp_res, _ = hyper_connection(params.mlp_mhc, hidden, mlp, config, kernels)
+    return BlockOutput(hidden, attn_res + mlp_res, cache)
 
 
 def _attention(
-    params: Layer, cos: RotaryTable, sin: RotaryTable, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
-) -> Float[Tensor, "*b s c"]:
+    params: Layer,
+    context: Context,
+    cache: Any,
+    attend: Attend,
+    eps: float,
+    kernels: Kernels,
+    u: Float[Tensor, "*b s c"],
+) -> Attended:
     norm = partial(kernels.rms_norm, eps=eps)
     normed = norm(u, params.input_layernorm.weight)
-    return self_attention(params.self_attn, normed, cos, sin, kernels.attention, norm)
+    return self_attention(params.self_attn, normed, context, cache, attend, norm)
 
 
 def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]) -> Float[Tensor, "*b s c"]:
@@ -63,26 +92,43 @@ def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]
 def hyper_connection(
     params: MHCParams | Callable[..., Any] | tuple[()],
     hidden: Hidden,
-    branch: Callable[[Tensor], Tensor],
+    branch: Callable[[Tensor], Any],
     config: ModelConfig,
     kernels: Kernels = REFERENCE,
-) -> tuple[Hidden, tuple[Tensor, ...]]:
-    """A sub-layer inside its hyper-connection, and the `res` it used; for `params=()` the residual `x + branch(x)`.
+    *,
+    has_aux: bool = False,
+) -> HyperOutput:
+    """A sub-layer inside its hyper-connection; for `params=()` the residual `x + branch(x)`.
 
     If `params` is callable, it is applied as `params(streams, branch)`, or `params(hidden, branch)` where `pre` comes
-    early, and no `res` is returned.
+    early, with `has_aux=True` where that is set, and no `res` is returned.
+
+    Args:
+        params: the weights, or a function in their stead.
+        hidden: the state before the sub-layer.
+        branch: `[*b, c] -> [*b, c]`; with `has_aux` it returns `(output, aux)`.
+        config: the model's shape.
+        kernels: the operations to run it with.
+        has_aux: see `branch`.
 
     >>> import torch
     >>> hyper_connection((), Hidden(torch.tensor([2.0])), lambda x: 10 * x, ModelConfig())
-    (Hidden(x=tensor([22.]), pre=()), ())
+    HyperOutput(hidden=Hidden(x=tensor([22.]), pre=()), res=(), aux=())
     """
     x, given = hidden
     early = isinstance(given, Tensor)
     if callable(params):
-        after = params(hidden if early else x, branch)
-        return after if early else Hidden(after), ()
+        state = hidden if early else x
+        after, aux = params(state, branch, has_aux=True) if has_aux else (params(state, branch), ())
+        return HyperOutput(after if early else Hidden(after), (), aux)
+    run = branch if has_aux else partial(_without_aux, branch)
     if not isinstance(params, MHCParams):
-        return Hidden(x + branch(x)), ()
+        output, aux = run(x)
+        return HyperOutput(Hidden(x + output), (), aux)
     pre, post, res = kernels.mhc_mappings(params, x, **config.mhc_options)
-    output = branch(kernels.mhc_aggregate(x, given if isinstance(given, Tensor) else pre))
-    return Hidden(kernels.mhc_combine(x, output, post, res), pre if early else ()), (res,)
+    output, aux = run(kernels.mhc_aggregate(x, given if isinstance(given, Tensor) else pre))
+    return HyperOutput(Hidden(kernels.mhc_combine(x, output, post, res), pre if early else ()), (res,), aux)
+
+
+def _without_aux(branch: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, tuple[()]]:
+    return branch(x), ()

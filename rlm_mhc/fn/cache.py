@@ -7,6 +7,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.tree import tree_map
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each `[*b, kv, places, d]`."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Cache(NamedTuple):
@@ -24,6 +32,15 @@ class Cache(NamedTuple):
     def size(self) -> int:
         """How many tokens a row has room for."""
         return self.keys[0].shape[-2]
+
+    def select(self, rows: Int[Tensor, " r"]) -> "Cache":
+        """Return a copy of the rows of these indices, in their order; a row may come several times.
+
+        >>> cache = init_cache(ModelConfig.preset("tiny"), 2, 16)
+        >>> cache.select(torch.tensor([1, 0, 1])).lengths
+        tensor([0, 0, 0])
+        """
+        return Cache(*(tree_map(lambda x: x.index_select(0, rows.to(x.device)), part) for part in self))
 
 
 def init_cache(
@@ -61,38 +78,22 @@ def init_cache(
     return Cache(keys, values, torch.zeros(axes, dtype=torch.int64, device=device))
 
 
-def write_first(
-    cached: Float[Tensor, "*b kv places d"], new: Float[Tensor, "*b kv s d"], donate: bool = False
-) -> Float[Tensor, "*b kv places d"]:
-    """`cached` with `new` in the first s places; with `donate` it is written itself.
-
-    >>> write_first(torch.zeros(1, 3, 1), torch.ones(1, 2, 1)).flatten()
-    tensor([1., 1., 0.])
-    """
-    new = new.to(cached.dtype)
-    if not donate:
-        return torch.cat([new, cached[..., new.shape[-2] :, :]], dim=-2)
-    cached[..., : new.shape[-2], :] = new
-    return cached
-
-
-def write_at(
+def write(
     cached: Float[Tensor, "*b kv places d"],
-    new: Float[Tensor, "*b kv 1 d"],
-    places: Int[Tensor, "*b"],
+    new: Float[Tensor, "*b kv s d"],
+    places: Int[Tensor, "*b s"],
     donate: bool = False,
 ) -> Float[Tensor, "*b kv places d"]:
-    """`cached` with one token in each row's own place; with `donate` it is written itself.
+    """Return `cached` with `new` in each row's own places; with `donate` it is written in place.
 
-    >>> write_at(torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.tensor(2)).flatten()
+    >>> write(torch.zeros(1, 3, 1), torch.ones(1, 1, 1), torch.tensor([2])).flatten()
     tensor([0., 0., 1.])
     """
     new = new.to(cached.dtype)
     if not donate:
-        return cached.scatter(-2, places[..., None, None, None].expand_as(new), new)
+        return cached.scatter(-2, places[..., None, :, None].expand_as(new), new)
     # Not scatter_: the compiler would copy the whole cache for it, at every step.
     rows = cached.view(-1, *cached.shape[-3:])
-    rows[torch.arange(len(rows), dtype=torch.int64, device=rows.device), :, places.reshape(-1)] = new.reshape(
-        -1, *new.shape[-3::2]
-    )
+    row = torch.arange(len(rows), dtype=torch.int64, device=rows.device).unsqueeze(-1)
+    rows[row, :, places.reshape(len(rows), -1)] = new.reshape(-1, *new.shape[-3:]).transpose(1, 2)
     return cached

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.cache import Cache, init_cache
-from rlm_mhc.fn.decode import decode_step, prefill
+from rlm_mhc.fn.decode import extend, prefill
 from rlm_mhc.fn.linear import embedding
 from rlm_mhc.fn.sample import Sampling, draw, mark
 from rlm_mhc.params import LMParams
@@ -20,12 +20,11 @@ from rlm_mhc.validation import build
 
 
 class Decoder(NamedTuple):
-    """How a model is run: `prefill(params, tokens, config, cache, lengths=…)` and `step(params, tokens, config, cache)`
-    as `fn.prefill` and `fn.decode_step`; they may write into the cache. `cache_size`: the one size of caches that they
-    are for, where they are compiled for one."""
+    """How a model is run: `prefill` and `extend(params, tokens, config, cache, lengths=…)` as in `fn`; they may write
+    into the cache. `cache_size`: the one size of caches that they are for, where they are compiled for one."""
 
     prefill: Callable[..., tuple[Tensor, Cache]] = partial(prefill, donate=True)
-    step: Callable[..., tuple[Tensor, Cache]] = partial(decode_step, donate=True)
+    extend: Callable[..., tuple[Tensor, Cache]] = partial(extend, donate=True)
     cache_size: int | None = None
 
 
@@ -141,7 +140,7 @@ def generate_steps(
     def read(cache: Cache, drawn: Tensor | None) -> tuple[Tensor, Cache]:
         if drawn is None:
             return decoder.prefill(params, tokens, config, cache, lengths=ends)
-        return decoder.step(params, drawn, config, cache)
+        return decoder.extend(params, drawn.unsqueeze(-1), config, cache)
 
     seen = None
     if rule.repetition_penalty != 1:

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.block import block
+from rlm_mhc.fn.context import Context, positions
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
-from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.mhc import Hidden, collapse_learned, collapse_streams, expand_streams
-from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import Linear, LMParams
-from rlm_mhc.types import Activations, Logits, RotaryTable, Tokens
+from rlm_mhc.types import Activations, Logits, Tokens
 from rlm_mhc.variants import PRESETS
 
 
@@ -26,7 +25,14 @@ class Backbone(NamedTuple):
     res: tuple[Tensor, ...]
 
 
-def forward(params: LMParams, tokens: Tokens, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
+def forward(
+    params: LMParams,
+    tokens: Tokens,
+    config: ModelConfig,
+    kernels: Kernels = REFERENCE,
+    *,
+    context: Context | None = None,
+) -> Logits:
     """Logits `[*b, s, v]` of the token after each position.
 
     Args:
@@ -34,6 +40,7 @@ def forward(params: LMParams, tokens: Tokens, config: ModelConfig, kernels: Kern
         tokens: `[*b, s]` ids in `[0, vocab_size)`, `s ≤ max_seq_len`.
         config: its shape.
         kernels: the operations to run it with.
+        context: of `fn.positions`, with documents or a window; None: one document.
 
     Raises:
         ValueError: when there is no token, or the sequence is longer than `config.max_seq_len`.
@@ -43,33 +50,25 @@ def forward(params: LMParams, tokens: Tokens, config: ModelConfig, kernels: Kern
     >>> fn.forward(fn.init(config), torch.tensor([[1, 2, 3]]), config).shape
     torch.Size([1, 3, 4096])
     """
-    return head(params, backbone(params, tokens, config, kernels).hidden, config, kernels)
+    return head(params, backbone(params, tokens, config, kernels, context=context).hidden, config, kernels)
 
 
-def backbone(params: LMParams, tokens: Tokens, config: ModelConfig, kernels: Kernels = REFERENCE) -> Backbone:
+def backbone(
+    params: LMParams,
+    tokens: Tokens,
+    config: ModelConfig,
+    kernels: Kernels = REFERENCE,
+    *,
+    context: Context | None = None,
+) -> Backbone:
     """Everything but the head; see `forward`."""
-    cos, sin = positions(tokens, config)
+    context = positions(tokens, config) if context is None else context
     hidden = embed(params, tokens, config)
     res: tuple[Tensor, ...] = ()
     for layer in params.layers:
-        hidden, layer_res = block(layer, hidden, cos, sin, config, kernels)
+        hidden, layer_res, _ = block(layer, hidden, context, config, kernels)
         res += layer_res
     return Backbone(hidden, res)
-
-
-def positions(tokens: Tokens, config: ModelConfig) -> tuple[RotaryTable, RotaryTable]:
-    """The rotary table for the tokens' positions `0 … s-1`.
-
-    Raises:
-        ValueError: when there is no token, or the sequence is longer than `config.max_seq_len`.
-    """
-    require_entries("tokens", tokens)
-    length = tokens.shape[-1]
-    if length > config.max_seq_len:
-        raise ValueError(f"sequence of {length} tokens: longer than max_seq_len={config.max_seq_len} of the model")
-    return rotary_table(
-        torch.arange(length, dtype=torch.int64, device=tokens.device), config.head_width, config.rope_theta
-    )
 
 
 def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Hidden:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.fn.attention import self_attention
+from rlm_mhc.fn.attention import Attend, self_attention
 from rlm_mhc.fn.block import BlockOutput
+from rlm_mhc.fn.context import Context
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.mhc import Hidden, MHCMappings
 from rlm_mhc.kernels.launch import MOST_ITERATIONS, MOST_STREAMS, WIDTH_MULTIPLE
@@ -26,7 +27,6 @@ from rlm_mhc.params import Layer
 from rlm_mhc.stage import Grads, Stage, Staged
 from rlm_mhc.stage import Weights as Named
 from rlm_mhc.stage.block import BlockBuilder, BlockResiduals, HyperResiduals, Site
-from rlm_mhc.types import RotaryTable
 from rlm_mhc.variants import PRESETS
 
 
@@ -59,7 +59,13 @@ def settings_of(config: ModelConfig) -> Settings:
 
 
 def fused_block(
-    params: Layer, hidden: Hidden, cos: RotaryTable, sin: RotaryTable, config: ModelConfig, kernels: Kernels
+    params: Layer,
+    hidden: Hidden,
+    context: Context,
+    config: ModelConfig,
+    kernels: Kernels,
+    cache: Any,
+    attend: Attend,
 ) -> BlockOutput:
     """`fn.block`: the combine of the attention and the mappings of the MLP are one operation."""
     settings, early = settings_of(config), PRESETS[config.mhc_preset].early_pre
@@ -67,13 +73,13 @@ def fused_block(
     streams, given = hidden.x, [hidden.pre] if early else []
     weights = (*params.attn_mhc, params.input_layernorm.weight)
     normed, pre, post, res = function(pre_stage(settings, early), "mix_pre", 4)(weights, streams, *given)
-    output = self_attention(params.self_attn, normed, cos, sin, kernels.attention, norm)
+    output, cache = self_attention(params.self_attn, normed, context, cache, attend, norm)
     given = [pre] if early else []
     weights = (*params.mlp_mhc, params.post_attention_layernorm.weight)
     run = function(post_pre_stage(settings, early), "mix_post_pre", 5)
     streams, normed, pre, mlp_post, mlp_res = run(weights, streams, output, post, res, *given)
     streams = combine(streams, kernels.swiglu(params.mlp, normed), mlp_post, mlp_res)
-    return BlockOutput(Hidden(streams, pre if early else ()), (res, mlp_res))
+    return BlockOutput(Hidden(streams, pre if early else ()), (res, mlp_res), cache)
 
 
 def block_stage(first: Site, second: Site, config: ModelConfig, keep_streams: bool) -> Stage:

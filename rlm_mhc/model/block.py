@@ -1,5 +1,6 @@
 """The modules of a transformer block: they own the weights under their dotted names, `fn` computes."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,9 +86,21 @@ class Attention(nn.Module):
         norms = (norm_tree(module) for module in (self.q_norm, self.k_norm)) if hasattr(self, "q_norm") else ()
         return SelfAttention(*projections, *norms)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Any, norm: Any) -> Tensor:
+    def forward(self, x: Tensor, context: fn.Context, cache: Any, attend: Any, norm: Any) -> fn.Attended:
         """`fn.self_attention`."""
-        return fn.self_attention(self.tree(), x, cos, sin, attention, norm)
+        return fn.self_attention(self.tree(), x, context, cache, attend, norm)
+
+    def attend(
+        self, mask: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, context: fn.Context, cache: Any
+    ) -> fn.Attended:
+        """Attend as `attn_implementation` says, over transformers' cache; beside the output its weights, or None."""
+        if cache is not None:
+            # A paged cache reads and extends the options of the attention function.
+            paged = {} if isinstance(cache, Cache) else {"kwargs": options}
+            k, v = cache.update(k, v, self.layer_idx, **paged)
+        run = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = run(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **options)
+        return fn.Attended(output.transpose(1, 2), weights)
 
 
 class FeedForward(nn.Module):
@@ -155,21 +168,10 @@ class Block(GradientCheckpointingLayer):
             cache: transformers' keys and values, which are added to.
             **options: for the attention function.
         """
-        site, seen = self.self_attn, []
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if cache is not None:
-                # A paged cache reads and extends the options of the attention function.
-                paged = {} if isinstance(cache, Cache) else {"kwargs": options}
-                k, v = cache.update(k, v, site.layer_idx, **paged)
-            run = ALL_ATTENTION_FUNCTIONS.get_interface(site.config._attn_implementation, eager_attention_forward)
-            output, weights = run(site, q, k, v, mask, dropout=0.0, scaling=site.scaling, **options)
-            seen.append(weights)
-            return output.transpose(1, 2)
-
-        kernels = fn.REFERENCE._replace(attention=attention)
-        after = fn.block(self.tree(), fn.Hidden(hidden, pre), cos, sin, self.shape, kernels).hidden
-        return *after, seen[0]
+        attend = partial(self.self_attn.attend, mask, options)
+        context, state = fn.Context(cos, sin), fn.Hidden(hidden, pre)
+        after, _, weights = fn.block(self.tree(), state, context, self.shape, cache=cache, attend=attend)
+        return *after, weights
 
 
 def mhc_layer(config: ModelConfig) -> mHCLayer:

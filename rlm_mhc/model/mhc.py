@@ -104,12 +104,13 @@ class mHCLayer(nn.Module):
         """The weights as `fn` takes them."""
         return weights_of(self, MHCParams)
 
-    def forward(self, streams: Any, branch: Callable[[Tensor], Tensor]) -> Any:
+    def forward(self, streams: Any, branch: Callable[[Tensor], Any], *, has_aux: bool = False) -> Any:
         """`streams [*b, n, c]` after the sub-layer `branch: [*b, c] -> [*b, c]`; of the preset `single_pass` both are
-        an `fn.Hidden`."""
+        an `fn.Hidden`. With `has_aux` the branch returns `(output, aux)`, and this `(streams, aux)`."""
         hidden = fn.Hidden(streams) if isinstance(streams, Tensor) else streams
-        after = fn.hyper_connection(self.tree(), hidden, branch, self.config)[0]
-        return after.x if isinstance(streams, Tensor) else after
+        after, _, aux = fn.hyper_connection(self.tree(), hidden, branch, self.config, has_aux=has_aux)
+        out = after.x if isinstance(streams, Tensor) else after
+        return (out, aux) if has_aux else out
 
     def get_connection_matrix(self) -> Tensor:
         """The part of `res` that does not depend on the input, that of zero streams: `[n, n]`, doubly stochastic."""

@@ -1,11 +1,11 @@
-"""Decoding with one compiled step for all positions."""
+"""Decoding with one compiled graph for all positions."""
 
 from typing import Any
 
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.fn import REFERENCE, Cache, Decoder, Kernels, LMParams, decode_step, prefill
+from rlm_mhc.fn import REFERENCE, Cache, Decoder, Kernels, LMParams, extend, prefill
 from rlm_mhc.kernels.sinkhorn import mhc_mappings_by_op
 from rlm_mhc.program.compile import compile_whole
 
@@ -17,14 +17,15 @@ def make_decoder(
 ) -> Decoder:
     """What `fn.generate(…, decoder=…)` runs a model of this config with.
 
-    The step is one graph, compiled at its first call for one batch, one size of cache and one dtype, and used for all
-    positions: they are values of a tensor. It writes keys and values into the cache in place. Other shapes are
-    compiled anew, up to eight of them. The prompt, whose length is another every time, is read uncompiled.
+    `extend` is one graph, compiled at its first call for one batch, one number of new tokens, one size of cache and one
+    dtype, and used for all positions: they are values of a tensor. It writes keys and values into the cache in place.
+    Other shapes are compiled anew, up to eight of them. The prompt, whose length is another every time, is read
+    uncompiled.
 
     Args:
         config: the model's shape.
         cache_size: the one size of caches that it is used with; None: whatever `fn.generate` is asked for.
-        kernels: the operations of prefill and step.
+        kernels: the operations of both.
         compiled: False: uncompiled.
 
     Raises:
@@ -40,21 +41,23 @@ def make_decoder(
     if cache_size is not None and not 1 <= cache_size <= config.max_seq_len:
         raise ValueError(f"cache_size={cache_size}: expected 1 to max_seq_len={config.max_seq_len} of the model")
 
-    def step(params: LMParams, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        return decode_step(params, tokens, config, cache, kernels, donate=True)
+    def append(params: LMParams, tokens: Tensor, cache: Cache, lengths: Tensor | None) -> tuple[Tensor, Cache]:
+        return extend(params, tokens, config, cache, kernels, lengths=lengths, donate=True)
 
-    run = compile_whole(step) if compiled else step
+    run = compile_whole(append) if compiled else append
 
-    def of_config(given: ModelConfig) -> None:
-        if given != config:
+    def require_own(other: ModelConfig) -> None:
+        if other != config:
             raise ValueError("config: the decoder was made for another one")
 
-    def read(params: LMParams, tokens: Tensor, given: ModelConfig, cache: Cache, **how: Any) -> tuple[Tensor, Cache]:
-        of_config(given)
+    def read(params: LMParams, tokens: Tensor, other: ModelConfig, cache: Cache, **how: Any) -> tuple[Tensor, Cache]:
+        require_own(other)
         return prefill(params, tokens, config, cache, kernels, donate=True, **how)
 
-    def go_on(params: LMParams, tokens: Tensor, given: ModelConfig, cache: Cache) -> tuple[Tensor, Cache]:
-        of_config(given)
-        return run(params, tokens, cache)
+    def go_on(
+        params: LMParams, tokens: Tensor, other: ModelConfig, cache: Cache, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
+        require_own(other)
+        return run(params, tokens, cache, lengths)
 
     return Decoder(read, go_on, cache_size)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
+from rlm_mhc.fn.context import positions
 from rlm_mhc.fn.kernels import Kernels
 from rlm_mhc.fn.layout import unshared
-from rlm_mhc.fn.lm import positions, require_kind
+from rlm_mhc.fn.lm import require_kind
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.product import without_autocast
@@ -71,7 +72,7 @@ def make_gradients(
         require_kind(params, config)
         matrix, tokens = params.embed_tokens.weight, microbatches[0].tokens
         run = functions(tokens.shape, matrix.dtype, matrix.device)
-        weights = _weights(parametrization, trained, positions(tokens, config))
+        weights = _weights(parametrization, trained, positions(tokens, config)[:2])
         top = trained._replace(layers=())
         top_sum = torch.zeros(size(top), dtype=widen(matrix[:0]).dtype, device=matrix.device)
         count = len(trained.layers)

@@ -40,11 +40,11 @@ def find_offender(
 
 
 def _first_in_forward(params: LMParams, tokens: torch.Tensor, config: ModelConfig) -> str | None:
-    cos, sin = fn.positions(tokens, config)
+    context = fn.positions(tokens, config)
     hidden = fn.embed(params, tokens, config)
     largest = _largest(hidden)
     for number, layer in enumerate(params.layers):
-        before, (hidden, _) = largest, fn.block(layer, hidden, cos, sin, config)
+        before, hidden = largest, fn.block(layer, hidden, context, config).hidden
         largest = _largest(hidden)
         if not math.isfinite(largest):
             return f"layer {number} is the first whose output is not finite (its input goes up to {before:.3g})"

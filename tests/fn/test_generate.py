@@ -1,5 +1,7 @@
 """Decoding equals the full forward, and what generate makes of it."""
 
+import re
+
 import pytest
 import torch
 from torch.utils import _pytree
@@ -44,6 +46,63 @@ def test_decoding_rows_of_any_length_equals_the_full_forward_at_every_position(s
         assert torch.equal(cache.lengths, at)
         if step < 7:
             logits, cache = fn.decode_step(params, tokens[rows, at], config, cache, donate=step % 2 == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_extending_rows_by_different_numbers_of_tokens_equals_the_full_forward(shape, dtype):
+    config, params, tokens = model(dtype, **SHAPES[shape])
+    plain, exact = (fn.forward(p, tokens, config) for p in (params, double(params)))
+    rows, seen = torch.arange(3), LENGTHS
+    _, cache = prefilled(config, params, tokens[:, :7])
+    # The last one fills the rows: padding would stand beyond the end of the cache.
+    for new in (torch.tensor([3, 1, 2]), torch.tensor([1, 1, 1]), torch.tensor([9, 5, 7])):
+        width = int(new.max())
+        chunk = tokens.take_along_dim((seen.unsqueeze(-1) + torch.arange(width)).clamp(max=13), -1)
+        before = tree_map(torch.clone, cache)
+        logits, cache = fn.extend(params, chunk, config, cache, lengths=new, donate=width == 1)
+        for old, now in zip(tree_leaves(before.keys), tree_leaves(cache.keys), strict=True):
+            assert all(torch.equal(old[row, :, :n], now[row, :, :n]) for row, n in enumerate(seen))
+        seen = seen + new
+        assert torch.equal(cache.lengths, seen)
+        assert_as_accurate(logits, plain[rows, seen - 1], exact[rows, seen - 1])
+    assert torch.equal(seen, torch.full((3,), 14))
+
+
+def test_prefill_is_extend_of_an_empty_cache():
+    config, params, tokens = model(torch.float64)
+    empty = fn.init_cache(config, 3, 14, dtype=torch.float64)
+    for lengths in (None, LENGTHS):
+        expected = fn.prefill(params, tokens[:, :7], config, empty, lengths=lengths)
+        logits, cache = fn.extend(params, tokens[:, :7], config, empty, lengths=lengths)
+        torch.testing.assert_close(logits, expected[0])
+        assert torch.equal(cache.lengths, expected[1].lengths)
+        for ours, theirs in zip(cache.keys, expected[1].keys, strict=True):
+            for row, n in enumerate(cache.lengths):
+                torch.testing.assert_close(ours[row, :, :n], theirs[row, :, :n])
+
+
+def test_selected_rows_go_on_as_the_rows_they_were():
+    config, params, tokens = model(torch.float64)
+    _, cache = prefilled(config, params, tokens[:, :7])
+    rows = torch.tensor([2, 0, 2, 1])
+    forked = cache.select(rows)
+    assert torch.equal(forked.lengths, LENGTHS[rows])
+    expected, _ = fn.extend(params, tokens[:, 7:10], config, cache)
+    logits, after = fn.extend(params, tokens[rows, 7:10], config, forked, donate=True)
+    torch.testing.assert_close(logits, expected[rows])
+    assert torch.equal(cache.lengths, LENGTHS)
+    assert cache.select(torch.arange(3)).keys[0].data_ptr() != cache.keys[0].data_ptr()
+    assert torch.equal(after.lengths, LENGTHS[rows] + 3)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("lengths", [[0, 1, 1], [1, 1, 4], [1, 1]])
+@pytest.mark.parametrize("run", [fn.prefill, fn.extend])
+def test_lengths_that_are_not_those_of_the_tokens_are_refused(run, lengths):
+    config, params, tokens = model()
+    with pytest.raises(ValueError, match=re.escape(f"lengths={lengths}: expected [3] numbers from 1 to 3")):
+        run(params, tokens[:, :3], config, fn.init_cache(config, 3, 8), lengths=torch.tensor(lengths))
 
 
 def test_prefill_forgets_what_the_cache_held_and_does_not_read_padding():
@@ -216,7 +275,7 @@ def test_a_cache_that_is_too_small_or_of_another_model_is_refused():
     with pytest.raises(ValueError, match="max_seq_len=64"):
         fn.init_cache(config, 3, 65)
     _, cache = fn.prefill(params, tokens, config, fn.init_cache(config, 3, 14))
-    with pytest.raises(ValueError, match="holds 14 tokens"):
+    with pytest.raises(ValueError, match="holds 14 tokens and gets 1 more"):
         fn.decode_step(params, tokens[:, 0], config, cache)
 
 

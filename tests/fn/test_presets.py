@@ -118,7 +118,7 @@ def test_single_pass_takes_pre_from_the_sub_layer_before(accurate):
     def mine(x):
         hidden = fn.enter(x, config)
         for module, branch in zip(modules, branches, strict=True):
-            hidden, _ = fn.hyper_connection(ours(module), hidden, branch, config)
+            hidden = fn.hyper_connection(ours(module), hidden, branch, config).hidden
         return (fn.collapse(fn.init(config), hidden, config),)
 
     accurate(mine, lambda x: (early_pre_by_hand([module.to(x) for module in modules], x, branches),), x)
@@ -128,7 +128,7 @@ def test_identity_adds_to_every_stream_and_mixes_none():
     config = small_config(mhc_preset="identity")
     params = disturbed(fn.init(config)).layers[0].attn_mhc
     streams = torch.randn(2, 5, 4, 32)
-    (out, _), (res,) = fn.hyper_connection(params, fn.Hidden(streams), torch.sin, config)
+    (out, _), (res,), _ = fn.hyper_connection(params, fn.Hidden(streams), torch.sin, config)
     paper = fn.mhc_mappings(params, streams, preset="identity")
     expected = streams + paper.post.unsqueeze(-1) * torch.sin(fn.mhc_aggregate(streams, paper.pre)).unsqueeze(-2)
     torch.testing.assert_close(out, expected)

@@ -20,7 +20,7 @@ def test_uncompiled_it_is_the_reference(preset):
     ours = decoder.prefill(params, tokens, config, empty)
     plain, exact = fn.prefill(params, tokens, config, empty), fn.prefill(wide, tokens, config, double(empty))
     assert_as_accurate(ours, plain, exact)
-    ours = decoder.step(params, tokens[:, 0], config, ours[1])
+    ours = decoder.extend(params, tokens[:, :1], config, ours[1])
     plain, exact = (fn.decode_step(p, tokens[:, 0], config, c) for p, c in ((params, plain[1]), (wide, exact[1])))
     assert_as_accurate(ours, plain, exact)
 
@@ -39,7 +39,7 @@ def test_one_compiled_step_serves_all_positions_and_equals_the_reference():
     with torch.no_grad():
         for _ in range(10):
             token = exact[0].argmax(-1)
-            ours = decoder.step(params, token, config, ours[1])
+            ours = decoder.extend(params, token.unsqueeze(-1), config, ours[1])
             plain, exact = (fn.decode_step(p, token, config, c) for p, c in ((params, plain[1]), (wide, exact[1])))
             assert_as_accurate(ours, plain, exact)
     assert counters["stats"]["unique_graphs"] == 1
