@@ -25,18 +25,18 @@ def require_triton(device: torch.device) -> None:
         ValueError: without the package, on a CPU outside its interpreter, or below compute capability 8.0.
     """
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("triton is not installed: pip install 'rlm-mhc[gpu]', or use training.kernels=reference")
+        raise ValueError("triton is not installed: pip install 'rlm-mhc[gpu]', or use kernels=reference")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < LEAST_CAPABILITY:
             raise ValueError(
                 f"compute capability {capability[0]}.{capability[1]}: the Triton kernels need 8.0 or later; "
-                "use training.kernels=reference"
+                "use kernels=reference"
             )
     elif not interpreted():
         raise ValueError(
             f"device {device.type}: the Triton kernels run on CUDA, and elsewhere in Triton's interpreter alone "
-            "(TRITON_INTERPRET=1); use training.kernels=reference"
+            "(TRITON_INTERPRET=1); use kernels=reference"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.attention import Attend, self_attention
-from rlm_mhc.fn.block import BlockOutput
+from rlm_mhc.fn.block import BlockOutput, block
 from rlm_mhc.fn.context import Context
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.mhc import Hidden, MHCMappings
@@ -23,7 +23,7 @@ from rlm_mhc.kernels.mix_post import mix_post, mix_post_reduce
 from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights
 from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE, largest_partial_sums
 from rlm_mhc.kernels.stages import combine, function, post_pre, post_pre_stage, pre, pre_backward, pre_stage
-from rlm_mhc.params import Layer
+from rlm_mhc.params import Layer, MHCParams
 from rlm_mhc.stage import Grads, Stage, Staged
 from rlm_mhc.stage import Weights as Named
 from rlm_mhc.stage.block import BlockBuilder, BlockResiduals, HyperResiduals, Site
@@ -54,7 +54,7 @@ def settings_of(config: ModelConfig) -> Settings:
         ValueError: where they do not serve it.
     """
     if reason := refusal(config):
-        raise ValueError(f"the Triton kernels do not serve this model: {reason}; use training.kernels=reference")
+        raise ValueError(f"the Triton kernels do not serve this model: {reason}; use kernels=reference")
     return Settings(config.mhc_sinkhorn_iters, config.norm_eps, PRESETS[config.mhc_preset].eps)
 
 
@@ -67,7 +67,14 @@ def fused_block(
     cache: Any,
     attend: Attend,
 ) -> BlockOutput:
-    """`fn.block`: the combine of the attention and the mappings of the MLP are one operation."""
+    """`fn.block`: the combine of the attention and the mappings of the MLP are one operation.
+
+    Where a function stands in for a weight that the kernels read, the reference runs.
+    """
+    norms = (params.input_layernorm.weight, params.post_attention_layernorm.weight)
+    own = isinstance(params.attn_mhc, MHCParams) and isinstance(params.mlp_mhc, MHCParams)
+    if not own or not all(isinstance(weight, Tensor) for weight in norms):
+        return block(params, hidden, context, config, kernels._replace(block=None), cache, attend)
     settings, early = settings_of(config), PRESETS[config.mhc_preset].early_pre
     norm = partial(kernels.rms_norm, eps=config.norm_eps)
     streams, given = hidden.x, [hidden.pre] if early else []

@@ -15,6 +15,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.layout import require_entries
 from rlm_mhc.model.block import Block, Head, Norm, embedding_tree, norm_tree, tree_of
 from rlm_mhc.model.config import RLMConfig
+from rlm_mhc.model.kernels import kernels_for
 from rlm_mhc.model.pretrained import HEADS, RLMPreTrainedModel
 from rlm_mhc.params import LMParams, weight_table
 
@@ -114,8 +115,9 @@ class RLMBackbone(RLMPreTrainedModel):
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden, states, attentions = fn.enter(x, self.shape), [x], []
+        kernels = kernels_for(self.config.kernels, self.shape, x.device, x.dtype)
         for layer in self.used_layers():
-            streams, pre, weights = layer(*hidden, cos, sin, mask=mask, cache=cache, **options)
+            streams, pre, weights = layer(*hidden, cos, sin, mask=mask, cache=cache, kernels=kernels, **options)
             hidden = fn.Hidden(streams, pre)
             attentions.append(weights)
             if with_states:

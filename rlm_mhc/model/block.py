@@ -154,6 +154,7 @@ class Block(GradientCheckpointingLayer):
         sin: Tensor,
         mask: Any = None,
         cache: Any = None,
+        kernels: fn.Kernels = fn.REFERENCE,
         **options: Any,
     ) -> tuple[Tensor, Tensor | tuple[()], Tensor | None]:
         """What comes out of the block, of the form of the first two arguments, and the attention's weights where its
@@ -166,11 +167,12 @@ class Block(GradientCheckpointingLayer):
             sin: see there.
             mask: what `attn_implementation` takes.
             cache: transformers' keys and values, which are added to.
+            kernels: the operations to run it with; its attention is not used.
             **options: for the attention function.
         """
         attend = partial(self.self_attn.attend, mask, options)
         context, state = fn.Context(cos, sin), fn.Hidden(hidden, pre)
-        after, _, weights = fn.block(self.tree(), state, context, self.shape, cache=cache, attend=attend)
+        after, _, weights = fn.block(self.tree(), state, context, self.shape, kernels, cache, attend)
         return *after, weights
 
 

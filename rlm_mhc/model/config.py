@@ -40,10 +40,14 @@ HOW_TO_FETCH = frozenset(
 )
 
 
+KERNELS = ("auto", "reference", "triton")
+
+
 class RLMConfig(PretrainedConfig):
     """The fields of `ModelConfig`, under their names and those that transformers gives them (`hidden_size`, …).
 
     Args:
+        kernels: what mixes the streams: `auto`, `reference` or `triton`; see `rlm_mhc.model.kernels`. Not saved.
         **fields: of `ModelConfig`, or of any `PretrainedConfig`.
 
     Raises:
@@ -57,7 +61,10 @@ class RLMConfig(PretrainedConfig):
     attribute_map = THEIR_NAMES
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *, kernels: str = "auto", **fields: Any) -> None:
+        if kernels not in KERNELS:
+            raise ValueError(f"kernels={kernels!r}: expected one of {', '.join(KERNELS)}")
+        self.kernels = kernels
         own, fields = split_fields(fields, dir(PretrainedConfig))
         for name, value in dataclasses.asdict(build(ModelConfig, own)).items():
             setattr(self, name, value)
@@ -84,7 +91,8 @@ class RLMConfig(PretrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written to `config.json`: all fields of the model, of the others what is no default."""
-        own = {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
+        fields = super().to_diff_dict().items()
+        own = {name: value for name, value in fields if name not in self.attribute_map and name != "kernels"}
         return {**own, **dataclasses.asdict(self.model_config)}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
