@@ -27,7 +27,7 @@ from rlm_mhc.fn.mhc import (
     mhc_mappings,
 )
 from rlm_mhc.fn.mlp import swiglu
-from rlm_mhc.fn.norm import rms_norm, widen
+from rlm_mhc.fn.norm import norm, rms_norm, widen
 from rlm_mhc.fn.optim import AdamWState, adamw, adamw_init
 from rlm_mhc.fn.projections import project
 from rlm_mhc.fn.rope import rotary_embedding, rotary_table
@@ -99,6 +99,7 @@ __all__ = [
     "mhc_combine",
     "mhc_mappings",
     "names",
+    "norm",
     "positions",
     "prefill",
     "project",

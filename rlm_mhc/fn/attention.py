@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlm_mhc.fn.context import Context, attention_mask
 from rlm_mhc.fn.linear import linear
-from rlm_mhc.fn.norm import rms_norm
+from rlm_mhc.fn.norm import norm, rms_norm
+from rlm_mhc.fn.replaceable import is_present, replaceable
 from rlm_mhc.fn.rope import rotary_embedding
 from rlm_mhc.fn.transforms import in_forward_mode
 from rlm_mhc.params import SelfAttention
@@ -100,16 +101,17 @@ def masked_attention(
     return rearrange(out, "... kv (group s) d -> ... (kv group) s d", group=group)
 
 
+@replaceable(5)
 def self_attention(
-    params: SelfAttention | Callable[..., Attended],
+    params: SelfAttention,
     x: Float[Tensor, "*b s c"],
     context: Context,
     cache: Any = (),
     attend: Attend = attend,
-    norm: Callable[[Tensor, Tensor], Tensor] = rms_norm,
+    normalise: Callable[[Tensor, Tensor], Tensor] = rms_norm,
 ) -> Attended:
-    """Project to heads (`heads`), attend, project back; or `params(x, context, cache, attend, norm)` where a function
-    stands in for the weights.
+    """Project to heads (`heads`), attend, project back; or `params(x, context, cache, attend, normalise)`, see
+    `replaceable`.
 
     >>> import torch; from rlm_mhc import fn, ModelConfig
     >>> config = ModelConfig.preset("tiny")
@@ -117,9 +119,7 @@ def self_attention(
     >>> fn.self_attention(layer.self_attn, torch.randn(1, 7, 128), context).output.shape
     torch.Size([1, 7, 128])
     """
-    if not isinstance(params, SelfAttention):
-        return params(x, context, cache, attend, norm)
-    out, cache = attend(*heads(params, x, context.cos, context.sin, norm), context, cache)
+    out, cache = attend(*heads(params, x, context.cos, context.sin, normalise), context, cache)
     return Attended(linear(params.o_proj, rearrange(out, "... h s d -> ... s (h d)")), cache)
 
 
@@ -128,14 +128,14 @@ def heads(
     x: Float[Tensor, "*b s c"],
     cos: RotaryTable,
     sin: RotaryTable,
-    norm: Callable[[Tensor, Tensor], Tensor] = rms_norm,
+    normalise: Callable[[Tensor, Tensor], Tensor] = rms_norm,
 ) -> tuple[Float[Tensor, "*b h s d"], Float[Tensor, "*b kv s d"], Float[Tensor, "*b kv s d"]]:
-    """Queries, keys and values by head of width `2 · cos.shape[-1]`; queries and keys normalised by `norm(x, weight)`
-    where the model has weights for it, and rotated."""
+    """Queries, keys and values by head of width `2 · cos.shape[-1]`; queries and keys rotated, and before that
+    normalised by `normalise(x, weight)` where the model has weights for it."""
     q, k, v = (
         rearrange(linear(w, x), "... s (h d) -> ... h s d", d=2 * cos.shape[-1])
         for w in (params.q_proj, params.k_proj, params.v_proj)
     )
-    if params.q_norm and params.k_norm:
-        q, k = norm(q, params.q_norm.weight), norm(k, params.k_norm.weight)
+    if is_present(params.q_norm) and is_present(params.k_norm):
+        q, k = norm(params.q_norm, q, normalise), norm(params.k_norm, k, normalise)
     return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v

@@ -13,6 +13,9 @@ from rlm_mhc.fn.attention import attend as attend_sequence
 from rlm_mhc.fn.context import Context
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.mhc import Hidden
+from rlm_mhc.fn.mlp import mlp
+from rlm_mhc.fn.norm import norm
+from rlm_mhc.fn.replaceable import replaceable
 from rlm_mhc.params import Layer, MHCParams
 
 
@@ -65,9 +68,9 @@ def block(
     if kernels.block is not None and config.mhc_enabled:
         return kernels.block(params, hidden, context, config, kernels, cache, attend)
     attention = partial(_attention, params, context, cache, attend, config.norm_eps, kernels)
-    mlp = partial(_mlp, params, config.norm_eps, kernels)
+    feed_forward = partial(_mlp, params, config.norm_eps, kernels)
     hidden, attn_res, cache = hyper_connection(params.attn_mhc, hidden, attention, config, kernels, has_aux=True)
-    hidden, mlp_res, _ = hyper_connection(params.mlp_mhc, hidden, mlp, config, kernels)
+    hidden, mlp_res, _ = hyper_connection(params.mlp_mhc, hidden, feed_forward, config, kernels)
     return BlockOutput(hidden, attn_res + mlp_res, cache)
 
 
@@ -80,13 +83,14 @@ def _attention(
     kernels: Kernels,
     u: Float[Tensor, "*b s c"],
 ) -> Attended:
-    norm = partial(kernels.rms_norm, eps=eps)
-    normed = norm(u, params.input_layernorm.weight)
-    return self_attention(params.self_attn, normed, context, cache, attend, norm)
+    normalise = partial(kernels.rms_norm, eps=eps)
+    normed = norm(params.input_layernorm, u, normalise)
+    return self_attention(params.self_attn, normed, context, cache, attend, normalise)
 
 
 def _mlp(params: Layer, eps: float, kernels: Kernels, u: Float[Tensor, "*b s c"]) -> Float[Tensor, "*b s c"]:
-    return kernels.swiglu(params.mlp, kernels.rms_norm(u, params.post_attention_layernorm.weight, eps))
+    normed = norm(params.post_attention_layernorm, u, partial(kernels.rms_norm, eps=eps))
+    return mlp(params.mlp, normed, kernels.swiglu)
 
 
 def hyper_connection(
@@ -100,8 +104,8 @@ def hyper_connection(
 ) -> HyperOutput:
     """A sub-layer inside its hyper-connection; for `params=()` the residual `x + branch(x)`.
 
-    If `params` is callable, it is applied as `params(streams, branch)`, or `params(hidden, branch)` where `pre` comes
-    early, with `has_aux=True` where that is set, and no `res` is returned.
+    If `params` is callable (see `replaceable`), `params(streams, branch, has_aux)`, or of a `Hidden` where `pre` comes
+    early, returns the state after it, with `has_aux` a pair of it and `aux`; then there is no `res`.
 
     Args:
         params: the weights, or a function in their stead.
@@ -115,18 +119,31 @@ def hyper_connection(
     >>> hyper_connection((), Hidden(torch.tensor([2.0])), lambda x: 10 * x, ModelConfig())
     HyperOutput(hidden=Hidden(x=tensor([22.]), pre=()), res=(), aux=())
     """
-    x, given = hidden
-    early = isinstance(given, Tensor)
-    if callable(params):
-        state = hidden if early else x
-        after, aux = params(state, branch, has_aux=True) if has_aux else (params(state, branch), ())
-        return HyperOutput(after if early else Hidden(after), (), aux)
+    state = hidden if isinstance(hidden.pre, Tensor) else hidden.x
+    found = _mixed(params, state, branch, has_aux, config, kernels)
+    if isinstance(found, HyperOutput):
+        return found
+    after, aux = found if has_aux else (found, ())
+    return HyperOutput(after if isinstance(after, Hidden) else Hidden(after), (), aux)
+
+
+@replaceable(3)
+def _mixed(
+    params: MHCParams | tuple[()],
+    state: Tensor | Hidden,
+    branch: Callable[[Tensor], Any],
+    has_aux: bool,
+    config: ModelConfig,
+    kernels: Kernels,
+) -> HyperOutput:
+    x, pre_in = state if isinstance(state, Hidden) else Hidden(state)
     run = branch if has_aux else partial(_without_aux, branch)
     if not isinstance(params, MHCParams):
         output, aux = run(x)
         return HyperOutput(Hidden(x + output), (), aux)
     pre, post, res = kernels.mhc_mappings(params, x, **config.mhc_options)
-    output, aux = run(kernels.mhc_aggregate(x, given if isinstance(given, Tensor) else pre))
+    early = isinstance(pre_in, Tensor)
+    output, aux = run(kernels.mhc_aggregate(x, pre_in if early else pre))
     return HyperOutput(Hidden(kernels.mhc_combine(x, output, post, res), pre if early else ()), (res,), aux)
 
 

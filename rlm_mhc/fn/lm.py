@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, head."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from rlm_mhc.fn.context import Context, positions
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.linear import embedding, linear
 from rlm_mhc.fn.mhc import Hidden, collapse_learned, collapse_streams, expand_streams
+from rlm_mhc.fn.norm import norm
+from rlm_mhc.fn.replaceable import is_present
 from rlm_mhc.params import Linear, LMParams
 from rlm_mhc.types import Activations, Logits, Tokens
 from rlm_mhc.variants import PRESETS
@@ -95,21 +98,16 @@ def require_kind(params: LMParams, config: ModelConfig) -> None:
     Raises:
         ValueError: saying so.
     """
-    if params.layers and _there(params.layers[0].attn_mhc) != config.mhc_enabled:
+    if params.layers and is_present(params.layers[0].attn_mhc) != config.mhc_enabled:
         raise ValueError(f"mhc_enabled={config.mhc_enabled}: the parameters are those of the opposite")
     learned = config.mhc_enabled and PRESETS[config.mhc_preset].collapse == "learned"
-    if params.layers and _there(params.head_mhc) != learned:
+    if params.layers and is_present(params.head_mhc) != learned:
         raise ValueError(f"mhc_preset={config.mhc_preset!r}: the parameters are those of another preset")
-
-
-def _there(weights: Any) -> bool:
-    """Whether a group of weights is not empty; it may be a module. The compiler of PyTorch 2.11 has no `bool` of it."""
-    return not isinstance(weights, tuple) or len(weights) > 0
 
 
 def head(params: LMParams, hidden: Hidden, config: ModelConfig, kernels: Kernels = REFERENCE) -> Logits:
     """Collapse the streams, normalise, project onto the vocabulary (the embedding itself when tied)."""
-    x = kernels.rms_norm(collapse(params, hidden, config, kernels), params.norm.weight, config.norm_eps)
+    x = norm(params.norm, collapse(params, hidden, config, kernels), partial(kernels.rms_norm, eps=config.norm_eps))
     return linear(params.lm_head or Linear(params.embed_tokens.weight), x)
 
 
@@ -119,8 +117,6 @@ def collapse(params: LMParams, hidden: Hidden, config: ModelConfig, kernels: Ker
         return hidden.x
     if isinstance(hidden.pre, Tensor):
         return kernels.mhc_aggregate(hidden.x, hidden.pre)
-    if callable(params.head_mhc):
-        return params.head_mhc(hidden.x)
-    if params.head_mhc:
+    if is_present(params.head_mhc):
         return collapse_learned(params.head_mhc, hidden.x, eps=config.norm_eps, preset=config.mhc_preset)
     return collapse_streams(hidden.x)

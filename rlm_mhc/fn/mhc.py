@@ -18,6 +18,7 @@ from torch import Tensor
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.product import product
 from rlm_mhc.fn.projections import project
+from rlm_mhc.fn.replaceable import replaceable
 from rlm_mhc.params import MHCHead, MHCParams
 from rlm_mhc.types import Activations, PerStream, StreamMatrix, Streams
 from rlm_mhc.variants import PRESETS, preset_named, projection_named
@@ -166,6 +167,7 @@ def collapse_streams(streams: Streams) -> Activations:
     return widen(streams).mean(-2).to(streams.dtype)
 
 
+@replaceable(1)
 def collapse_learned(
     params: MHCHead, streams: Streams, *, eps: float = 1e-6, preset: str = "deepseek_v4"
 ) -> Activations:

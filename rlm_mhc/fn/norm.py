@@ -1,10 +1,13 @@
 """Root-mean-square normalisation, and the one rule for computing statistics in a wide enough dtype."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlm_mhc.fn.linear import Map
+from rlm_mhc.fn.replaceable import replaceable
+from rlm_mhc.params import RMSNorm
 from rlm_mhc.types import Activations, Vector
 
 
@@ -17,17 +20,24 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_norm(x: Activations, weight: Vector | Map, eps: float = 1e-6) -> Activations:
-    """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`. Where
-    a function stands in for the weight, `weight(x)`.
+@replaceable(1)
+def norm(params: RMSNorm, x: Activations, run: Callable[[Tensor, Tensor], Tensor]) -> Activations:
+    """`run(x, weight)`; or `params(x)`, see `replaceable`.
+
+    >>> norm(RMSNorm(torch.ones(2)), torch.tensor([3.0, 4.0]), rms_norm)
+    tensor([0.8485, 1.1314])
+    """
+    return run(x, params.weight)
+
+
+def rms_norm(x: Activations, weight: Vector, eps: float = 1e-6) -> Activations:
+    """`weight · x / sqrt(mean(x²) + eps)` over the last axis; the statistics in fp32 or wider, the result as `x`.
 
     Source: Zhang & Sennrich, arXiv 1910.07467; Llama's layout.
 
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2))
     tensor([0.8485, 1.1314])
     """
-    if not isinstance(weight, Tensor):
-        return weight(x)
     wide = widen(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight).to(x.dtype)

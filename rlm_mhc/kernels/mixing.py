@@ -18,12 +18,13 @@ from rlm_mhc.fn.block import BlockOutput, block
 from rlm_mhc.fn.context import Context
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.mhc import Hidden, MHCMappings
+from rlm_mhc.fn.mlp import mlp
 from rlm_mhc.kernels.launch import MOST_ITERATIONS, MOST_STREAMS, WIDTH_MULTIPLE
 from rlm_mhc.kernels.mix_post import mix_post, mix_post_reduce
 from rlm_mhc.kernels.mix_pre import Mapped, Settings, Weights
 from rlm_mhc.kernels.mix_pre.tiling import MOST_AT_ONCE, largest_partial_sums
 from rlm_mhc.kernels.stages import combine, function, post_pre, post_pre_stage, pre, pre_backward, pre_stage
-from rlm_mhc.params import Layer, MHCParams
+from rlm_mhc.params import Layer
 from rlm_mhc.stage import Grads, Stage, Staged
 from rlm_mhc.stage import Weights as Named
 from rlm_mhc.stage.block import BlockBuilder, BlockResiduals, HyperResiduals, Site
@@ -71,21 +72,20 @@ def fused_block(
 
     Where a function stands in for a weight that the kernels read, the reference runs.
     """
-    norms = (params.input_layernorm.weight, params.post_attention_layernorm.weight)
-    own = isinstance(params.attn_mhc, MHCParams) and isinstance(params.mlp_mhc, MHCParams)
-    if not own or not all(isinstance(weight, Tensor) for weight in norms):
+    read = (params.attn_mhc, params.input_layernorm, params.mlp_mhc, params.post_attention_layernorm)
+    if any(map(callable, read)):
         return block(params, hidden, context, config, kernels._replace(block=None), cache, attend)
     settings, early = settings_of(config), PRESETS[config.mhc_preset].early_pre
-    norm = partial(kernels.rms_norm, eps=config.norm_eps)
+    normalise = partial(kernels.rms_norm, eps=config.norm_eps)
     streams, given = hidden.x, [hidden.pre] if early else []
     weights = (*params.attn_mhc, params.input_layernorm.weight)
     normed, pre, post, res = function(pre_stage(settings, early), "mix_pre", 4)(weights, streams, *given)
-    output, cache = self_attention(params.self_attn, normed, context, cache, attend, norm)
+    output, cache = self_attention(params.self_attn, normed, context, cache, attend, normalise)
     given = [pre] if early else []
     weights = (*params.mlp_mhc, params.post_attention_layernorm.weight)
     run = function(post_pre_stage(settings, early), "mix_post_pre", 5)
     streams, normed, pre, mlp_post, mlp_res = run(weights, streams, output, post, res, *given)
-    streams = combine(streams, kernels.swiglu(params.mlp, normed), mlp_post, mlp_res)
+    streams = combine(streams, mlp(params.mlp, normed, kernels.swiglu), mlp_post, mlp_res)
     return BlockOutput(Hidden(streams, pre if early else ()), (res, mlp_res), cache)
 
 

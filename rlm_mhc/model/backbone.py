@@ -1,6 +1,7 @@
 """The language model without its head: modules own the weights under their dotted names, `fn` computes."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,8 @@ class RLMBackbone(RLMPreTrainedModel):
             attentions.append(weights)
             if with_states:
                 states.append(fn.collapse(outer, hidden, self.shape))
-        last = fn.rms_norm(fn.collapse(outer, hidden, self.shape), outer.norm.weight, self.shape.norm_eps)
+        normalise = partial(kernels.rms_norm, eps=self.shape.norm_eps)
+        last = fn.norm(outer.norm, fn.collapse(outer, hidden, self.shape), normalise)
         return BaseModelOutputWithPast(
             last_hidden_state=last,
             hidden_states=(*states[:-1], last) if with_states else None,

@@ -31,9 +31,9 @@ def embedding_tree(module: Any) -> Any:
     return Embedding(module.weight) if _is_plain(module, nn.Embedding) else module
 
 
-def norm_tree(module: Any) -> RMSNorm:
+def norm_tree(module: Any) -> Any:
     """A plain `Norm` as its weight; anything else as the function it is."""
-    return RMSNorm(module.weight if _is_plain(module, Norm) else module)
+    return RMSNorm(module.weight) if _is_plain(module, Norm) else module
 
 
 def tree_of(module: Any, kind: type) -> Any:
@@ -86,9 +86,9 @@ class Attention(nn.Module):
         norms = (norm_tree(module) for module in (self.q_norm, self.k_norm)) if hasattr(self, "q_norm") else ()
         return SelfAttention(*projections, *norms)
 
-    def forward(self, x: Tensor, context: fn.Context, cache: Any, attend: Any, norm: Any) -> fn.Attended:
+    def forward(self, x: Tensor, context: fn.Context, cache: Any, attend: Any, normalise: Any) -> fn.Attended:
         """`fn.self_attention`."""
-        return fn.self_attention(self.tree(), x, context, cache, attend, norm)
+        return fn.self_attention(self.tree(), x, context, cache, attend, normalise)
 
     def attend(
         self, mask: Any, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, context: fn.Context, cache: Any

@@ -104,7 +104,7 @@ class mHCLayer(nn.Module):
         """The weights as `fn` takes them."""
         return weights_of(self, MHCParams)
 
-    def forward(self, streams: Any, branch: Callable[[Tensor], Any], *, has_aux: bool = False) -> Any:
+    def forward(self, streams: Any, branch: Callable[[Tensor], Any], has_aux: bool = False) -> Any:
         """`streams [*b, n, c]` after the sub-layer `branch: [*b, c] -> [*b, c]`; of the preset `single_pass` both are
         an `fn.Hidden`. With `has_aux` the branch returns `(output, aux)`, and this `(streams, aux)`."""
         hidden = fn.Hidden(streams) if isinstance(streams, Tensor) else streams
