@@ -180,7 +180,7 @@ def test_any_records_are_examples_or_counted_or_an_error(records, parse):
         bad = BadLines(strict=False, max_fraction=1.0)
         examples = result_or_error(lambda: list(record_source(str(file), parse).read(bad)))
         if examples is not None:
-            assert all(part.text.encode() for example in examples for part in example.segments)
+            assert all(part.text.encode() for example in examples for part in example.spans)
             assert len(examples) + bad.bad == bad.lines
 
 

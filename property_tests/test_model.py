@@ -11,7 +11,7 @@ from rlm_mhc.variants import PRESETS, PROJECTIONS
 seeds = st.integers(0, 2**32)
 
 
-def lively(config, seed, dtype=torch.float64):
+def perturbed_params(config, seed, dtype=torch.float64):
     """Parameters far from their initial values, so that nothing is nearly zero or nearly equal."""
     generator = torch.Generator().manual_seed(seed)
     params = fn.init(config, dtype=dtype)
@@ -32,7 +32,7 @@ def parts(site, config, res=True):
 
 @given(configs(), st.integers(2, 10), st.data())
 def test_no_token_sees_what_comes_after_it(config, length, data):
-    params, changed = lively(config, 0), data.draw(st.integers(1, length - 1))
+    params, changed = perturbed_params(config, 0), data.draw(st.integers(1, length - 1))
     tokens = random_batch(config, 2, length).tokens
     other = tokens.clone()
     other[:, changed:] = (other[:, changed:] + 1) % config.vocab_size
@@ -43,7 +43,7 @@ def test_no_token_sees_what_comes_after_it(config, length, data):
 
 @given(configs(), st.integers(1, 8), seeds)
 def test_a_sequence_does_not_see_its_batch(config, length, seed):
-    params, tokens = lively(config, seed), random_batch(config, 3, length, seed=seed).tokens
+    params, tokens = perturbed_params(config, seed), random_batch(config, 3, length, seed=seed).tokens
     together = fn.forward(params, tokens, config)
     alone = torch.cat([fn.forward(params, tokens[i : i + 1], config) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-11, rtol=0)
@@ -52,7 +52,7 @@ def test_a_sequence_does_not_see_its_batch(config, length, seed):
 
 @given(configs(), st.lists(st.integers(1, 6), min_size=1, max_size=3), st.booleans(), seeds)
 def test_decoding_rows_of_any_length_is_the_full_forward(config, lengths, donate, seed):
-    params, b, longest = lively(config, seed), len(lengths), max(lengths)
+    params, b, longest = perturbed_params(config, seed), len(lengths), max(lengths)
     tokens, rows, at = random_batch(config, b, longest + 3, seed=seed).tokens, torch.arange(b), torch.tensor(lengths)
     full, cache = fn.forward(params, tokens, config), fn.init_cache(config, b, longest + 3, dtype=torch.float64)
     logits, cache = fn.prefill(params, tokens[:, :longest], config, cache, lengths=at, donate=donate)
@@ -97,7 +97,7 @@ def test_no_mhc_weight_of_a_sub_layer_starts_where_gradients_vanish(config, seed
 @given(st.sampled_from([name for name in PRESETS if PRESETS[name].gates == "sigmoid"]), st.integers(1, 6), seeds)
 def test_one_stream_is_a_residual_whose_branch_is_scaled(preset, c, seed):
     config = ModelConfig(hidden_dim=2 * c, num_heads=1, mhc_flows=1, mhc_preset=preset)
-    params = lively(config.replace(num_layers=1, vocab_size=2), seed).layers[0].attn_mhc
+    params = perturbed_params(config.replace(num_layers=1, vocab_size=2), seed).layers[0].attn_mhc
     x = torch.randn(3, 1, 2 * c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     pre, post, res = fn.mhc_mappings(params, x, preset=preset)
     out = fn.mhc_combine(x, torch.sin(fn.mhc_aggregate(x, pre)), post, res)
@@ -108,7 +108,7 @@ def test_one_stream_is_a_residual_whose_branch_is_scaled(preset, c, seed):
 @given(configs(mhc_enabled=True), seeds)
 def test_a_sub_layer_mixes_reads_and_writes_streams_as_written(config, seed):
     generator = torch.Generator().manual_seed(seed)
-    params = lively(config, seed).layers[0].attn_mhc
+    params = perturbed_params(config, seed).layers[0].attn_mhc
     n, c = config.mhc_flows, config.hidden_dim
     x = torch.randn(2, n, c, generator=generator, dtype=torch.float64)
     given_pre = torch.rand(2, n, generator=generator, dtype=torch.float64)
@@ -123,7 +123,7 @@ def test_a_sub_layer_mixes_reads_and_writes_streams_as_written(config, seed):
 
 @given(configs(), seeds)
 def test_jvp_of_the_loss_is_the_product_of_gradient_and_direction(config, seed):
-    params, direction = lively(config, seed), lively(config, seed + 1)
+    params, direction = perturbed_params(config, seed), perturbed_params(config, seed + 1)
     batch = random_batch(config, 2, 5, seed=seed)
     _, slope = torch.func.jvp(lambda p: fn.loss(p, batch, config), (params,), (direction,))
     grads = torch.func.grad(fn.loss)(params, batch, config)
@@ -145,9 +145,9 @@ def test_with_alpha_at_zero_mhc_is_the_plain_transformer(config, seed):
 
 @given(configs(), seeds)
 def test_gradient_of_the_loss_equals_the_central_difference(config, seed):
-    params, batch = lively(config, seed), random_batch(config, 2, 5, seed=seed, ignored=0.2)
+    params, batch = perturbed_params(config, seed), random_batch(config, 2, 5, seed=seed, ignored=0.2)
     assume((batch.targets >= 0).any())
-    direction = lively(config, seed + 1)
+    direction = perturbed_params(config, seed + 1)
     step = 1e-5
     up, down = (
         fn.loss(tree_map(lambda w, d, s=sign: w + s * step * d, params, direction), batch, config) for sign in (1, -1)
@@ -161,9 +161,9 @@ def test_streams_enter_equal_and_leave_as_the_preset_has_it(preset, n, seed):
     config = ModelConfig(
         hidden_dim=6, num_heads=3, num_layers=1, vocab_size=3, mhc_preset=preset, mhc_flows=n & ~1 or 1
     )
-    params, n = lively(config, seed), config.mhc_flows
+    params, n = perturbed_params(config, seed), config.mhc_flows
     x = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    hidden = fn.enter(x, config)
+    hidden = fn.expand(x, config)
     early, learned = PRESETS[preset].early_pre, params.head_mhc
     streams = hidden.x * torch.arange(1, n + 1).view(n, 1)
     weights = torch.full((2, 1, n), 1 / n, dtype=torch.float64)
@@ -180,7 +180,7 @@ def test_streams_enter_equal_and_leave_as_the_preset_has_it(preset, n, seed):
 @given(st.integers(1, 4), seeds)
 def test_hc_adds_a_bounded_change_to_its_biases(n, seed):
     config = ModelConfig(hidden_dim=2, num_heads=1, num_layers=1, vocab_size=3, mhc_preset="hc", mhc_flows=n)
-    params = lively(config, seed).layers[0].attn_mhc
+    params = perturbed_params(config, seed).layers[0].attn_mhc
     x = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     scale = params.alpha.repeat_interleave(torch.tensor([n, n, n * n]))
     h = x.flatten() @ params.phi / (x.square().mean() + 1e-6).sqrt()

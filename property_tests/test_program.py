@@ -13,7 +13,7 @@ from rlm_mhc.program.decode import DECODING
 from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.testing import assert_as_accurate, random_batch, ranks_in_threads
-from rlm_mhc.testing.models import disturbed, with_entry
+from rlm_mhc.testing.models import perturbed, with_entry
 from rlm_mhc.testing.strategies import configs
 from rlm_mhc.tree import named_leaves, tree_map
 
@@ -27,7 +27,7 @@ from rlm_mhc.tree import named_leaves, tree_map
 )
 def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumulation, dtype):
     remat = "none" if remat == "mhc" and not config.mhc_enabled else remat
-    exact = disturbed(fn.init(config, dtype=torch.float64))
+    exact = perturbed(fn.init(config, dtype=torch.float64))
     params = tree_map(lambda w: w.to(dtype), exact)
     batch = random_batch(config, 2 * ranks * accumulation, 7, ignored=0.3)
     (plain, plain_value), (expected, value) = (
@@ -59,7 +59,7 @@ def test_program_gradients_equal_those_of_the_loss(config, remat, ranks, accumul
 def test_a_weight_that_is_not_finite_is_skipped_where_the_loss_or_its_gradient_is_not_finite(
     config, kernels, value, data
 ):
-    params, batch = disturbed(fn.init(config)), random_batch(config, 2, 5)
+    params, batch = perturbed(fn.init(config)), random_batch(config, 2, 5)
     name = data.draw(st.sampled_from([name for name, w in named_leaves(params).items() if w.numel()]))
     params = with_entry(params, name, data.draw(st.integers(0, 999)), value)
     grads, loss = torch.func.grad_and_value(fn.loss)(params, batch, config)
@@ -85,7 +85,7 @@ def test_a_weight_that_is_not_finite_is_skipped_where_the_loss_or_its_gradient_i
 )
 def test_compiled_program_gradients_equal_those_of_the_loss(config, remat, accumulation, flat):
     remat = "none" if remat == "mhc" and not config.mhc_enabled else remat
-    exact = disturbed(fn.init(config, dtype=torch.float64))
+    exact = perturbed(fn.init(config, dtype=torch.float64))
     params = tree_map(lambda w: w.float(), exact)
     batch = random_batch(config, 2 * accumulation, 7, ignored=0.3)
     (plain, plain_value), (expected, value) = (

@@ -29,9 +29,9 @@ from rlm_mhc.program import make_train_step
 from rlm_mhc.program.monitors import join, mhc_metrics, sample
 from rlm_mhc.program.precision import init_loss_scale
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.testing.baselines import EagerPeer, Loss, llama
 from rlm_mhc.testing.measure import copy_bandwidth, provenance, timed, write_result
 from rlm_mhc.testing.memory import peak_bytes
-from rlm_mhc.testing.peers import EagerPeer, Loss, llama
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import peak_rate, product_rate
 from rlm_mhc.train.plan import flops_per_token

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlm_mhc import ModelConfig, fn
 from rlm_mhc.program import make_decoder
+from rlm_mhc.testing.baselines import llama
 from rlm_mhc.testing.measure import provenance, timed, write_result
-from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import check_compiler
 from rlm_mhc.tree import size_bytes, tree_map

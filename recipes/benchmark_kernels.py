@@ -26,7 +26,7 @@ from rlm_mhc.kernels.launch import interpreted, require_triton
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, COMBINE, GIVEN, draw, fused, reference
 from rlm_mhc.parallel import code_version
-from rlm_mhc.testing.kernel_peers import PEER_OPS, PEERS, Implementation, Op, as_op
+from rlm_mhc.testing.kernel_baselines import PEER_OPS, PEERS, Implementation, Op, as_op
 from rlm_mhc.testing.kernel_results import BEYOND_CACHES, merged, size_of, table
 from rlm_mhc.testing.measure import busy, copy_bandwidth, provenance, write_result
 from rlm_mhc.train import command, pick_device
@@ -153,14 +153,14 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     settings, dtype = Settings(run.iterations, 1e-6, 0.0), DTYPE[run.dtype]
     drawn = draw(n, c, tokens, dtype, torch.Generator(device).manual_seed(0))
     inputs = {key: drawn.pop(key) for key in ARGUMENTS[name]}
-    few = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
+    abbreviate = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
     calls = 1 if run.smoke else CALLS
     found, missing = candidates(name, n, c, settings, run.smoke)
     left_out = dict(missing)
     ready, errors = {}, {}
     for who, op in found.items():
         try:
-            errors[who] = error(op, reference(name, settings), few)
+            errors[who] = error(op, reference(name, settings), abbreviate)
             both = halves(op, inputs, calls)
             for half in both:
                 half()

@@ -6,19 +6,28 @@ The data are JSON lines: `{"prompt", "completion"}` or `{"messages"}`, with the 
 """
 
 from rlm_mhc.parallel import first_before_others
-from rlm_mhc.train import FinetuneConfig, announce, command, conduct, launched, open_output, starting_point, with_model
+from rlm_mhc.train import (
+    FinetuneConfig,
+    command,
+    distributed_session,
+    initial_state,
+    open_output,
+    print_plan,
+    run_training,
+    with_model,
+)
 
 
 def main(run: FinetuneConfig) -> None:
     """From the first line of the plan to the last checkpoint."""
-    with launched(run) as (device, ranks):
+    with distributed_session(run) as (device, ranks):
         read, tokenizer = run.data.reader(), run.tokenizer
-        plan = announce(run, device, ranks)
+        plan = print_plan(run, device, ranks)
         with open_output(run, ranks) as checkpoint:
             with first_before_others(ranks):
                 data = read(run.token_folder, tokenizer, run.model.vocab_size)
-            start = starting_point(run, checkpoint, data, device, ranks)
-            conduct(run, start, data, plan, ranks, checkpoint)
+            start = initial_state(run, checkpoint, data, device, ranks)
+            run_training(run, start, data, plan, ranks, checkpoint)
 
 
 if __name__ == "__main__":

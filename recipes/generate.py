@@ -21,7 +21,7 @@ from rlm_mhc.params import with_one_matrix_dtype
 from rlm_mhc.program import make_decoder
 from rlm_mhc.train import command, pick_device
 from rlm_mhc.train.device import check_compiler
-from rlm_mhc.train.outlets import visible
+from rlm_mhc.train.safe_stream import visible
 from rlm_mhc.train.text import encode, text_pieces
 from rlm_mhc.validation import at_least, location, one_of
 

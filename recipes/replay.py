@@ -19,10 +19,10 @@ from rlm_mhc.program import make_train_step
 from rlm_mhc.program.precision import LossScale, make_loss_scale
 from rlm_mhc.train import pick_device
 from rlm_mhc.train.command import fail
-from rlm_mhc.train.diagnose import find_offender
+from rlm_mhc.train.diagnose import first_nonfinite
 from rlm_mhc.train.kernels import pick_kernels
-from rlm_mhc.train.outlets import install_outlets
 from rlm_mhc.train.output import CONFIG_FILE, read_config
+from rlm_mhc.train.safe_stream import install_safe_streams
 from rlm_mhc.train.save import BATCH_FILE
 from rlm_mhc.train.start import load_state
 
@@ -33,7 +33,7 @@ def main(folder: Path, device_name: str) -> int:
     run = read_config(folder / CONFIG_FILE)
     if "bad_step" not in describe_run(folder):
         raise ValueError(f"{folder}: a checkpoint, but not of a step to replay; those are under bad_steps")
-    state, saved, _, method = load_state(run, folder, device)
+    state, saved, _, trainable = load_state(run, folder, device)
     recorded = {name: float(value) for name, value in saved["bad_step"].items()}
     batch = Batch(**read_tensors(folder / BATCH_FILE, device))
     training = _of_one_rank(run.training, saved["world"])
@@ -42,14 +42,14 @@ def main(folder: Path, device_name: str) -> int:
         scale = make_loss_scale(recorded["loss_scale"], 0, device)
     state = state._replace(step=state.step - 1, loss_scale=scale)
     kernels = pick_kernels(run.model, training, device)
-    step = make_train_step(run.model, training, kernels=kernels, parametrization=method.parametrization)
+    step = make_train_step(run.model, training, kernels=kernels, weight_source=trainable.weight_source)
     _, metrics = step(state, batch)
     replayed = {name: metrics[name].item() for name in recorded}
 
     print(f"step {saved['step']}, {len(batch.tokens)} sequences of {batch.tokens.shape[1]} tokens, {device}")
     print(_table(recorded, replayed))
     norms = [value for name, value in replayed.items() if name.startswith("grad_norm/")]
-    print(find_offender(method.model_of(state.params), batch, run.model, training, norms))
+    print(first_nonfinite(trainable.model_of(state.params), batch, run.model, training, norms))
     same = all(_same(recorded[name], replayed[name]) for name in recorded)
     print("reproduced: every number is as recorded" if same else "not reproduced: numbers differ from those recorded")
     return 0 if same else 1
@@ -72,7 +72,7 @@ def _table(recorded: dict[str, float], replayed: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    install_outlets()
+    install_safe_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="OUTPUT_DIR/bad_steps/checkpoint-STEP")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])

@@ -19,7 +19,7 @@ import torch
 
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.data import Position, Prepared, builtin_source, jsonl_source, next_batch, prepare
-from rlm_mhc.program import TrainState, init_train_state, make_train_step
+from rlm_mhc.program import Program, TrainState, init_train_state, make_program
 from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.train import DataConfig, RunConfig, command, pick_device
 from rlm_mhc.train.curves import label_axes, save_figure
@@ -117,15 +117,17 @@ def train_all(run: StabilityConfig, data: Prepared, device: torch.device) -> lis
     done = []
     for name in VARIANTS:
         config = run.of_variant(name)
-        step = make_train_step(config.model, config.training, donate=True)
+        program = make_program(config.model, config.training, donate=True)
         for seed in range(run.seeds):
             start = time.perf_counter()
-            done.append(train_one(run, name, seed, step, data, device))
+            done.append(train_one(run, name, seed, program, data, device))
             print(f"{said(done[-1])}, {time.perf_counter() - start:.0f} s", flush=True)
     return done
 
 
-def train_one(run: StabilityConfig, name: str, seed: int, step: Any, data: Prepared, device: torch.device) -> Run:
+def train_one(
+    run: StabilityConfig, name: str, seed: int, program: Program, data: Prepared, device: torch.device
+) -> Run:
     """One variant from one seed, to its end or its divergence."""
     config, done, position = run.of_variant(name), Run(name, seed), Position(seed)
     state = init_train_state(config.model, config.training, seed=seed, device=device)
@@ -133,7 +135,7 @@ def train_one(run: StabilityConfig, name: str, seed: int, step: Any, data: Prepa
     for number in range(1, run.steps + 1):
         batch, position = next_batch(data.train, position, run.batch_size, shuffle=True)
         start = time.perf_counter()
-        state, metrics = step(state, fn.Batch(*(x.to(device) for x in batch)))
+        state, metrics = program.step(state, fn.Batch(*(x.to(device) for x in batch)))
         loss, norm = metrics["loss"].item(), metrics["grad_norm"].item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             done.diverged = number
@@ -143,7 +145,7 @@ def train_one(run: StabilityConfig, name: str, seed: int, step: Any, data: Prepa
         done.seconds.append(time.perf_counter() - start)
         if number % max(1, run.steps // run.probes) == 0 or number == run.steps:
             probe(done, number, state, config.model, data)
-    done.held_out = evaluate(state.params, config, data)
+    done.held_out = evaluate(program.loss_sum, state.params, config, data)
     return done
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rlm_mhc.disk import checksum
 from rlm_mhc.testing.runs import SMALL_RUN, read_metrics, write_corpus
-from rlm_mhc.train.outlets import install_outlets
+from rlm_mhc.train.safe_stream import install_safe_streams
 
 PRETRAIN = Path(__file__).with_name("pretrain_1b.py")
 OUT = "run"
@@ -172,7 +172,7 @@ def compare(whole: Path, killed: Path) -> int:
 
 
 if __name__ == "__main__":
-    install_outlets()
+    install_safe_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

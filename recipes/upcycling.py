@@ -21,8 +21,8 @@ from rlm_mhc import ModelConfig, fn
 from rlm_mhc.convert import upcycle
 from rlm_mhc.data import Position, Prepared, builtin_source, eval_batches, jsonl_source, next_batch, prepare
 from rlm_mhc.disk import text_lines
+from rlm_mhc.testing.baselines import llama
 from rlm_mhc.testing.measure import provenance, write_result
-from rlm_mhc.testing.peers import llama
 from rlm_mhc.train import command
 from rlm_mhc.train.curves import label_axes, save_figure
 from rlm_mhc.validation import at_least, check, location, positive

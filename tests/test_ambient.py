@@ -12,9 +12,9 @@ from rlm_mhc.config import LoraConfig
 from rlm_mhc.convert import from_llama, to_llama
 from rlm_mhc.program import init_train_state, make_decoder, make_train_step
 from rlm_mhc.program.memory import count_activations
-from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.precision import init_loss_scale, next_loss_scale
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.program.weight_source import lora_source
 from rlm_mhc.testing import random_batch, small_config
 from rlm_mhc.tree import named_leaves
 from rlm_mhc.variants import PRESETS, PROJECTIONS
@@ -101,7 +101,7 @@ def adapted():
     training = TrainConfig(batch_size=2, gradient_accumulation_steps=1, mixed_precision="bf16", compile=False)
     base = fn.cast(fn.init(CONFIG), CONFIG, torch.bfloat16)
     begun = fn.lora_init(base, lora, seed=1)
-    step = make_train_step(CONFIG, training, parametrization=lora_parametrization(base, begun, lora))
+    step = make_train_step(CONFIG, training, weight_source=lora_source(base, begun, lora))
     state, metrics = step(resume_train_state(begun, fn.adamw_init(begun), 0), random_batch(CONFIG, 2, 7))
     return begun, state, metrics, fn.lora_merge(base, state.params, lora.scale)
 

@@ -1,7 +1,7 @@
 """Weights, optimizer and run state on disk."""
 
 from rlm_mhc.checkpoint.config_files import load_config
-from rlm_mhc.checkpoint.generators import generator_states, restore_generators, seed_generators
+from rlm_mhc.checkpoint.rng_state import restore_rng_states, rng_states, seed_generators
 from rlm_mhc.checkpoint.run import (
     checkpoints,
     describe_run,
@@ -20,14 +20,14 @@ __all__ = [
     "Writer",
     "checkpoints",
     "describe_run",
-    "generator_states",
     "is_run",
     "load_config",
     "load_pretrained",
     "load_run",
     "newest_whole",
     "recover",
-    "restore_generators",
+    "restore_rng_states",
+    "rng_states",
     "save_pretrained",
     "save_run",
     "seed_generators",

@@ -144,12 +144,12 @@ def write_yaml(file: Path, config: ModelConfig) -> None:
 
 
 def write_generation_config(
-    folder: Path, tokenizer: Any, base: Mapping[str, Any] | None = None, turn_ends: Sequence[int] = ()
+    folder: Path, tokenizer: Any, base: Mapping[str, Any] | None = None, stop_token_ids: Sequence[int] = ()
 ) -> None:
     """Write what `base` says of generation, with more tokens at which it ends: the tokenizer's end of text and
-    `turn_ends`; and a token with which it pads, if there is none."""
+    `stop_token_ids`; and a token with which it pads, if there is none."""
     base = base or {}
-    stops = list(dict.fromkeys([*stop_tokens(base), tokenizer.eos_token_id, *turn_ends]))
+    stops = list(dict.fromkeys([*stop_tokens(base), tokenizer.eos_token_id, *stop_token_ids]))
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # What begins with "_" says where the file came from, which is no longer so.
     kept = {name: value for name, value in base.items() if not name.startswith("_")}

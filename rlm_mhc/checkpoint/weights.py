@@ -141,7 +141,7 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     files = {folder / file: {name for name, place in places.items() if place == file} for file in set(places.values())}
     missing = sorted(file.name for file in files if not file.is_file())
     if missing:
-        raise FileNotFoundError(f"{folder}: damaged, {INDEX_FILE} names files that are not there: {few(missing)}")
+        raise FileNotFoundError(f"{folder}: damaged, {INDEX_FILE} names missing files: {abbreviate(missing)}")
     return dict(sorted(files.items()))
 
 
@@ -154,7 +154,7 @@ def require_names(named: Iterable[str], expected: Iterable[str], what: str) -> N
     have, want = dict.fromkeys(named), dict.fromkeys(expected)
     missing, unexpected = [name for name in want if name not in have], [name for name in have if name not in want]
     if missing or unexpected:
-        raise ValueError(f"{what}; missing {few(missing)}, unexpected {few(unexpected)}")
+        raise ValueError(f"{what}; missing {abbreviate(missing)}, unexpected {abbreviate(unexpected)}")
 
 
 def require_fit(named: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -166,10 +166,10 @@ def require_fit(named: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     require_names(named, shapes, f"{where}: does not fit its config")
     wrong = [f"{k} has {tuple(named[k].shape)}, not {shape}" for k, shape in shapes.items() if named[k].shape != shape]
     if wrong:
-        raise ValueError(f"{where}: shapes do not fit its config: {few(wrong)}")
+        raise ValueError(f"{where}: shapes do not fit its config: {abbreviate(wrong)}")
     wrong = [f"{k} is {named[k].dtype}" for k in shapes if named[k].dtype not in DTYPES]
     if wrong:
-        raise ValueError(f"{where}: dtypes are not floating-point ones of 16 to 64 bits: {few(wrong)}")
+        raise ValueError(f"{where}: dtypes are not floating-point ones of 16 to 64 bits: {abbreviate(wrong)}")
 
 
 def _require_weights(
@@ -188,10 +188,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def few(words: list[str]) -> str:
+def abbreviate(words: list[str]) -> str:
     """The first few words, and how many more there are.
 
-    >>> few(["a", "b", "c", "d"])
+    >>> abbreviate(["a", "b", "c", "d"])
     'a, b, c and 1 more'
     """
     more = f" and {len(words) - NAMES_SHOWN} more" if len(words) > NAMES_SHOWN else ""

@@ -9,7 +9,7 @@ from rlm_mhc.checkpoint.shards import Read
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.convert.gates import OPENING, closed_specs
 from rlm_mhc.fn.block import hyper_connection
-from rlm_mhc.fn.lm import collapse, enter
+from rlm_mhc.fn.lm import collapse, expand
 from rlm_mhc.params import Embedding, LMParams, MHCHead, MHCParams, RMSNorm
 from rlm_mhc.variants import PRESETS
 
@@ -108,7 +108,7 @@ def reading_errors(biases: Mapping[str, Tensor], config: ModelConfig) -> Iterato
     """
     sites = [site for site in biases if site != "head_mhc"]
     unit = torch.eye(len(sites) + 1, dtype=torch.float64, device="cpu")
-    hidden = enter(unit[:1], config)
+    hidden = expand(unit[:1], config)
     for count, site in enumerate(sites, 1):
         read: list[Tensor] = []
 

@@ -15,10 +15,10 @@ from rlm_mhc.data.instructions import Example
 from rlm_mhc.data.packing import HELD_OUT_EVERY, hold_out, padded
 from rlm_mhc.data.prepare import Prepared, bad_share, say_skipped, says_held_out
 from rlm_mhc.data.reuse import locked, make_or_reuse
-from rlm_mhc.data.segments import segment_ids
 from rlm_mhc.data.sources import BadLines, Source, digest
+from rlm_mhc.data.spans import segment_ids
 from rlm_mhc.data.token_file import batches, read_tokens, token_dtype
-from rlm_mhc.data.tokenizer import beginning, id_bound, special_tokens, tokenizer_fingerprint
+from rlm_mhc.data.tokenizer import bos_ids, id_bound, special_tokens, tokenizer_fingerprint
 from rlm_mhc.types import IGNORED_TARGET
 
 FORMAT, FORMER_FORMAT = 3, 2
@@ -30,8 +30,8 @@ COUNTED, LENGTHS = np.dtype(np.bool_), np.dtype(np.uint32)
 class Examples(NamedTuple):
     """Example i is `tokens[ends[i-1] : ends[i]]`; `counted` says of each token whether the loss is on it.
 
-    Rows are padded on the right, to `length`. Packing several examples into one would waste less, and would let them
-    attend to one another.
+    Sequences are padded on the right, to `length`. Packing several examples into one would waste less, and would let
+    them attend to one another.
     """
 
     tokens: np.ndarray
@@ -105,7 +105,7 @@ def prepare_examples(
         f"rows of {max_length} tokens (the longest needs {longest}), {says_held_out(evaluation, 'examples')}"
     )
     _say_of_examples(meta, max_length, say)
-    ends = turn_ends(train, special_tokens(tokenizer).values())
+    ends = stop_token_ids(train, special_tokens(tokenizer).values())
     if not ends:
         say("warning      no special token that ends an example is learned, so generation will not stop by itself")
     fingerprint, before = (digest([name, train.total]) for name in (key, former))
@@ -152,11 +152,11 @@ def encode(examples: Iterator[Example], tokenizer: Any, length: int, bad: BadLin
         bad.skip(ValueError(f"{example.where}: {what}; raise that, or shorten the prompt"), counted=True)
 
 
-def turn_ends(examples: Examples, special: Collection[int]) -> tuple[int, ...]:
+def stop_token_ids(examples: Examples, special: Collection[int]) -> tuple[int, ...]:
     """Those of the special tokens with which what counts ends, in whole examples.
 
     >>> counted = np.array([False, True, True, False, True])
-    >>> turn_ends(Examples(np.array([5, 6, 1, 5, 2]), counted, np.array([3, 5]), 4, 0, 2), [0, 1, 2])
+    >>> stop_token_ids(Examples(np.array([5, 6, 1, 5, 2]), counted, np.array([3, 5]), 4, 0, 2), [0, 1, 2])
     (1, 2)
     """
     last = np.append(~examples.counted[1:], True)
@@ -166,14 +166,14 @@ def turn_ends(examples: Examples, special: Collection[int]) -> tuple[int, ...]:
 
 def _rows(examples: Iterator[Example], tokenizer: Any) -> Iterator[tuple[Example, list[tuple[int, bool]]]]:
     """Of each example the tokens, and whether they count."""
-    first, last = [(token, False) for token in beginning(tokenizer)], (tokenizer.eos_token_id, True)
-    # A segment is tokenized by itself, behind the one before it, and before the one behind it.
-    for batch in batches(examples, lambda example: 3 * sum(len(part.text) for part in example.segments)):
+    first, last = [(token, False) for token in bos_ids(tokenizer)], (tokenizer.eos_token_id, True)
+    # A span is tokenized by itself, behind the one before it, and before the one behind it.
+    for batch in batches(examples, lambda example: 3 * sum(len(part.text) for part in example.spans)):
         for rendered, group in groupby(batch, attrgetter("rendered")):
             alike = list(group)
-            texts = [[part.text for part in example.segments] for example in alike]
+            texts = [[part.text for part in example.spans] for example in alike]
             for example, ids in zip(alike, segment_ids(texts, tokenizer, special=rendered), strict=True):
-                parts = zip(example.segments, ids, strict=True)
+                parts = zip(example.spans, ids, strict=True)
                 row = [(token, part.counted) for part, own in parts for token in own]
                 yield example, [*([] if rendered else first), *row, *([] if example.closed else [last])]
 

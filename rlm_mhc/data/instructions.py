@@ -1,4 +1,4 @@
-"""Instruction data: a JSON record as segments of text, those that the loss counts and those that it does not."""
+"""Instruction data: a JSON record as spans of text, those that the loss counts and those that it does not."""
 
 from itertools import groupby
 from operator import itemgetter
@@ -14,7 +14,7 @@ COMPLETION = '{"prompt": "…", "completion": "…"}'
 ONE_FORMAT = "all lines of a data set have one format, that of the first good one or of data.format"
 
 
-class Segment(NamedTuple):
+class Span(NamedTuple):
     """A text whose boundaries are those of tokens; `counted`: the loss is on them."""
 
     text: str
@@ -22,14 +22,14 @@ class Segment(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Segments in their order, none of them empty, and `where` they were read, for errors.
+    """Spans in their order, none of them empty, and `where` they were read, for errors.
 
     `rendered`: a template wrote them, special tokens and all. Otherwise what spells such a token are letters, and an
-    example begins as the tokenizer begins every text. `closed`: the segments end as they are to end; otherwise end of
+    example begins as the tokenizer begins every text. `closed`: the spans end as they are to end; otherwise end of
     text, which counts, follows. `unused`: keys of the record that have no effect.
     """
 
-    segments: tuple[Segment, ...]
+    spans: tuple[Span, ...]
     rendered: bool
     where: str
     closed: bool = False
@@ -63,15 +63,15 @@ def find_format(path: str, text_field: str, key: str = "data.train_path") -> str
 def completion_parse() -> Parse:
     """`{"prompt", "completion"}` as the prompt and the completion, on which the loss is.
 
-    >>> completion_parse().read({"prompt": "1+1=", "completion": "2"}, "line 1").segments
-    (Segment(text='1+1=', counted=False), Segment(text='2', counted=True))
+    >>> completion_parse().read({"prompt": "1+1=", "completion": "2"}, "line 1").spans
+    (Span(text='1+1=', counted=False), Span(text='2', counted=True))
     """
 
     def read(record: dict[str, Any], where: str) -> Example:
         prompt, completion = (string_field(record, name, where, ONE_FORMAT) for name in ("prompt", "completion"))
         if not completion:
             raise ValueError(f"{where}: field 'completion' is empty, so there is nothing to learn")
-        parts = Segment(prompt, False), Segment(completion, True)
+        parts = Span(prompt, False), Span(completion, True)
         return Example(tuple(part for part in parts if part.text), False, where)
 
     return Parse(read, COMPLETION, "completion")
@@ -94,7 +94,7 @@ def chat_parse(tokenizer: Any) -> Parse:
     return Parse(read, CHAT, ["chat", tokenizer.chat_template])
 
 
-def _segments(parts: list[tuple[str, bool]], special: tuple[str, ...]) -> tuple[Segment, ...]:
+def _segments(parts: list[tuple[str, bool]], special: tuple[str, ...]) -> tuple[Span, ...]:
     """Space behind the token that ends a turn is the template's, not the assistant's: it does not count."""
     cut = []
     for text, counted in parts:
@@ -103,4 +103,4 @@ def _segments(parts: list[tuple[str, bool]], special: tuple[str, ...]) -> tuple[
             body = text
         cut += [(body, counted), (text[len(body) :], False)]
     runs = groupby((part for part in cut if part[0]), itemgetter(1))
-    return tuple(Segment("".join(text for text, _ in run), counted) for counted, run in runs)
+    return tuple(Span("".join(text for text, _ in run), counted) for counted, run in runs)

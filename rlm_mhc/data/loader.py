@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlm_mhc.data.packing import Rows
+from rlm_mhc.data.packing import Sequences
 from rlm_mhc.fn import Batch
 
 
@@ -20,7 +20,7 @@ class Position(NamedTuple):
 
 
 def next_batch(
-    data: Rows, position: Position, size: int, *, shuffle: bool = True, rank: int = 0, world: int = 1
+    data: Sequences, position: Position, size: int, *, shuffle: bool = True, rank: int = 0, world: int = 1
 ) -> tuple[Batch, Position]:
     """A rank's `size` of the `size · world` sequences from a position on, and the position after all of them.
 
@@ -49,14 +49,14 @@ def next_batch(
     return _batch(data, rows[rank * size : (rank + 1) * size]), Position(seed, epoch, offset)
 
 
-def eval_batches(data: Rows, size: int, limit: int) -> Iterator[Batch]:
+def eval_batches(data: Sequences, size: int, limit: int) -> Iterator[Batch]:
     """The same at most `limit` batches every time, spread evenly over the data."""
     chosen = np.unique(np.linspace(0, data.total - 1, min(data.total, size * limit)).round().astype(int))
     for start in range(0, len(chosen), size):
         yield _batch(data, chosen[start : start + size].tolist())
 
 
-def _batch(data: Rows, rows: list[int]) -> Batch:
+def _batch(data: Sequences, rows: list[int]) -> Batch:
     pairs = [data.inputs_and_targets(row) for row in rows]
     tokens, targets = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
     return Batch(tokens, targets)

@@ -9,7 +9,7 @@ from rlm_mhc.types import IGNORED_TARGET
 HELD_OUT_EVERY = 100
 
 
-class Rows(Protocol):
+class Sequences(Protocol):
     """Sequences of one length by their number."""
 
     @property
@@ -25,7 +25,7 @@ class Rows(Protocol):
 Split = TypeVar("Split", bound=Any)
 
 
-class Windows(NamedTuple):
+class PackedSequences(NamedTuple):
     """Overlapping windows on a token stream: window i is `tokens[i·length : (i+1)·length + 1]`.
 
     Neighbours share one token, the last target of the one and the first input of the other. So every token but the
@@ -41,7 +41,7 @@ class Windows(NamedTuple):
     def inputs_and_targets(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Window `index` as int64 inputs and targets of `length`; the padding is token 0 with target -100.
 
-        >>> Windows(np.arange(6), 4, 0, 2).inputs_and_targets(1)
+        >>> PackedSequences(np.arange(6), 4, 0, 2).inputs_and_targets(1)
         (array([4, 0, 0, 0]), array([   5, -100, -100, -100]))
         """
         start = (self.first + index) * self.length
@@ -59,13 +59,13 @@ def padded(inputs: np.ndarray, targets: np.ndarray, length: int) -> tuple[np.nda
     return np.pad(inputs, missing), np.pad(targets, missing, constant_values=IGNORED_TARGET)
 
 
-def windows(tokens: np.ndarray, length: int) -> Windows:
+def windows(tokens: np.ndarray, length: int) -> PackedSequences:
     """All windows of a stream; a stream of fewer than two tokens has none.
 
     >>> windows(np.arange(9), 4).total
     2
     """
-    return Windows(tokens, length, 0, max(0, -(-(len(tokens) - 1) // length)))
+    return PackedSequences(tokens, length, 0, max(0, -(-(len(tokens) - 1) // length)))
 
 
 def hold_out(whole: Split) -> tuple[Split, Split]:

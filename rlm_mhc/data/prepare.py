@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from rlm_mhc.data.identity import Identity, identify
-from rlm_mhc.data.packing import HELD_OUT_EVERY, Rows, hold_out, windows
+from rlm_mhc.data.packing import HELD_OUT_EVERY, Sequences, hold_out, windows
 from rlm_mhc.data.reuse import locked, make_or_reuse, write_whole
 from rlm_mhc.data.sources import BadLines, Source, digest
 from rlm_mhc.data.token_file import encode_documents, read_tokens, token_dtype, write_tokens
 from rlm_mhc.data.tokenizer import (
-    beginning,
+    bos_ids,
     id_bound,
     load_tokenizer,
     save_tokenizer,
@@ -33,12 +33,12 @@ class Prepared(NamedTuple):
     fraction of invalid lines, the tokens that end a turn (fine-tuning only), and the fingerprint that earlier versions
     computed."""
 
-    train: Rows
-    evaluation: Rows
+    train: Sequences
+    evaluation: Sequences
     tokenizer: Any
     fingerprint: str
     bad_fraction: float = 0.0
-    turn_ends: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     former: str = ""
 
     def has(self, fingerprint: Any) -> bool:
@@ -91,7 +91,7 @@ def prepare(
     origin = f"reused from {folder}" if reused else f"from {meta['documents']:,} documents"
     say_skipped(meta, say)
     own = meta["train"] + (meta["eval"] if eval_source is None else 0)
-    if own <= meta["documents"] * len([*beginning(made), made.eos_token_id]):  # beginnings and ends of text alone
+    if own <= meta["documents"] * len([*bos_ids(made), made.eos_token_id]):  # beginnings and ends of text alone
         raise ValueError(f"{source.name}: it holds no text to train on")
     if evaluation.total < 1 and eval_source is not None:
         raise ValueError(f"{eval_source.name}: it holds no text to evaluate on")
@@ -117,7 +117,7 @@ def say_skipped(meta: dict[str, Any], say: Callable[[str], object]) -> None:
         say(f"empty files  {meta['empty_files']:,} skipped")
 
 
-def says_held_out(evaluation: Rows, what: str) -> str:
+def says_held_out(evaluation: Sequences, what: str) -> str:
     """In words."""
     if not evaluation.total:
         return "too few to hold any out: no eval/loss"

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from rlm_mhc.data.tokenizer import beginning
+from rlm_mhc.data.tokenizer import bos_ids
 
 T = TypeVar("T")
 BATCH_CHARACTERS = 4_000_000
@@ -25,7 +25,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def encode_documents(texts: Iterable[str], tokenizer: Any, dtype: np.dtype) -> Iterator[np.ndarray]:
     """The ids of each document, which begins as the tokenizer begins every text, with end-of-text behind them; batches
     are encoded in parallel by `tokenizers`."""
-    first = beginning(tokenizer)
+    first = bos_ids(tokenizer)
     for batch in batches(texts, len):
         # A document that spells a special token means its letters, not the token.
         for ids in token_ids(batch, tokenizer, special=False):

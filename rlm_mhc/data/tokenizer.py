@@ -123,7 +123,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any(folder.glob("*token*")) or any(folder.glob("vocab*"))
 
 
-def beginning(tokenizer: Any) -> list[int]:
+def bos_ids(tokenizer: Any) -> list[int]:
     """The beginning-of-text token, where a tokenizer puts it before every text by itself; otherwise nothing."""
     begins = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"][:1]
     return [tokenizer.bos_token_id] if begins else []
@@ -139,7 +139,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A digest of everything that decides how text is encoded."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    marks = ":".join(map(str, [*beginning(tokenizer), tokenizer.eos_token_id]))
+    marks = ":".join(map(str, [*bos_ids(tokenizer), tokenizer.eos_token_id]))
     return hashlib.sha256(f"{marks}:{content}".encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from rlm_mhc.fn.gain import composite_gain, cumulative_gain, stochasticity_error
 from rlm_mhc.fn.generate import Decoder, Drawn, Generated, generate, generate_steps
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.linear import embedding, linear
-from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, enter, forward, head
+from rlm_mhc.fn.lm import Backbone, backbone, collapse, embed, expand, forward, head
 from rlm_mhc.fn.lora import Adapter, LoraParams, lora_init, lora_merge
 from rlm_mhc.fn.loss import Batch, count_targets, loss, token_loss_sum
 from rlm_mhc.fn.mhc import (
@@ -78,7 +78,7 @@ __all__ = [
     "decode_step",
     "embed",
     "embedding",
-    "enter",
+    "expand",
     "expand_streams",
     "extend",
     "filter_logits",

@@ -75,12 +75,12 @@ def backbone(
 
 
 def embed(params: LMParams, tokens: Tokens, config: ModelConfig) -> Hidden:
-    """The embedding of each token as the blocks take it; see `enter` and `require_kind`."""
+    """The embedding of each token as the blocks take it; see `expand` and `require_kind`."""
     require_kind(params, config)
-    return enter(embedding(params.embed_tokens, tokens), config)
+    return expand(embedding(params.embed_tokens, tokens), config)
 
 
-def enter(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Hidden:
+def expand(x: Float[Tensor, "*b s c"], config: ModelConfig) -> Hidden:
     """`x` repeated as `mhc_flows` equal streams; where `pre` comes early, with the first one, which reads stream 0."""
     if not config.mhc_enabled:
         return Hidden(x)

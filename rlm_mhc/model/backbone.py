@@ -115,7 +115,7 @@ class RLMBackbone(RLMPreTrainedModel):
         cos, sin = fn.rotary_table(position_ids, self.shape.head_width, self.shape.rope_theta)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        hidden, states, attentions = fn.enter(x, self.shape), [x], []
+        hidden, states, attentions = fn.expand(x, self.shape), [x], []
         kernels = kernels_for(self.config.kernels, self.shape, x.device, x.dtype)
         for layer in self.used_layers():
             streams, pre, weights = layer(*hidden, cos, sin, mask=mask, cache=cache, kernels=kernels, **options)

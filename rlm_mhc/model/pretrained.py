@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from rlm_mhc.checkpoint.config_files import CONFIG_FILE, GENERATION_FILE, load_config, quantization
 from rlm_mhc.checkpoint.tensors import add_checksums
-from rlm_mhc.checkpoint.weights import few, read_files, read_weights, weight_files
+from rlm_mhc.checkpoint.weights import abbreviate, read_files, read_weights, weight_files
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.model.config import RLMConfig, as_rlm_config
 from rlm_mhc.params import INIT_STD, LMParams, weight_table
@@ -113,7 +113,8 @@ class RLMPreTrainedModel(PreTrainedModel):
             sorted(set(info[kind]) - cls.optional_weights) for kind in ("missing_keys", "unexpected_keys")
         )
         if missing or unexpected:
-            raise ValueError(f"{where}: does not fit its config; missing {few(missing)}, unexpected {few(unexpected)}")
+            lists = f"missing {abbreviate(missing)}, unexpected {abbreviate(unexpected)}"
+            raise ValueError(f"{where}: does not fit its config; {lists}")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

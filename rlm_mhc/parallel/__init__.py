@@ -3,8 +3,8 @@
 from rlm_mhc.parallel.agreement import checksum, code_version, require_agreement
 from rlm_mhc.parallel.ranks import (
     ALONE,
+    DelayedFlags,
     Ranks,
-    Vote,
     all_reduce,
     find_ranks,
     first_before_others,
@@ -17,8 +17,8 @@ from rlm_mhc.parallel.watch import watch_ranks
 
 __all__ = [
     "ALONE",
+    "DelayedFlags",
     "Ranks",
-    "Vote",
     "all_reduce",
     "checksum",
     "code_version",

@@ -158,7 +158,7 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     return all_reduce(values.clone()).wait() if ranks.world > 1 else values
 
 
-class Vote:
+class DelayedFlags:
     """A sum over the ranks of small numbers on the CPU that no rank waits for: what it gives in one step is what the
     ranks said in the step before. Alone, it is what was said."""
 

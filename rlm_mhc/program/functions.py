@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import Kernels
-from rlm_mhc.fn.lm import enter, head
+from rlm_mhc.fn.lm import expand, head
 from rlm_mhc.fn.loss import token_loss_sum
 from rlm_mhc.fn.mhc import Hidden
 from rlm_mhc.fn.norm import widen
@@ -21,7 +21,7 @@ from rlm_mhc.program.monitors import Sampled, sample
 from rlm_mhc.stage import Weights, recompute
 from rlm_mhc.tree import tree_map
 
-Announce = Callable[[int, int, str], object]
+OnCompile = Callable[[int, int, str], object]
 
 
 class Functions(NamedTuple):
@@ -29,12 +29,14 @@ class Functions(NamedTuple):
     `forward(weights, hidden) -> (hidden, kept, sampled)`, `sampled` being what is monitored;
     `head(top, hidden, targets, scale) -> (loss, gradients of top, cotangent)`, of one chunk, `top` being the weights
     `(norm, matrix, *head_mhc)`;
+    `loss(top, hidden, targets) -> loss`, of one chunk, unscaled and without gradients;
     `backward(weights, hidden, kept, cotangent) -> (gradients, cotangent)`;
     `replay(hidden, kept) -> hidden`, the streams after a block again."""
 
     embed: Callable[..., Any]
     forward: Callable[..., Any]
     head: Callable[..., Any]
+    loss: Callable[..., Any]
     backward: Callable[..., Any]
     replay: Callable[..., Any]
 
@@ -43,6 +45,7 @@ NAMES = {
     "embed": "embedding",
     "forward": "block, forward",
     "head": "head and loss",
+    "loss": "held-out loss",
     "replay": "streams",
     "backward": "block, backward",
 }
@@ -55,21 +58,22 @@ def make_functions(
     *,
     flat: bool = True,
     compiled: bool = False,
-    announce: Announce | None = None,
+    on_compile: OnCompile | None = None,
     reads: tuple[str, ...] | None = None,
+    evaluates: bool = False,
 ) -> Functions:
     """The functions of a model, compiled where asked for.
 
     With `flat` the gradient of a block is one vector, in the order of its weights; without, a tuple of them. Where
     `reads` is given, a block's gradients are those of these weights alone, and the head's those of `head_mhc` alone.
-    `announce(number, of, name)` is called before each is compiled, which happens at its first call. What is compiled
-    serves one shape: make new functions for another.
+    `on_compile(number, of, name)` is called before each is compiled, which happens at its first call; `of` counts
+    `loss` where `evaluates` is set. What is compiled serves one shape: make new functions for another.
     """
     keeping = block_stage(config, kernels, keep_streams=remat != "mhc")
     block = recompute(keeping) if remat == "full" else keeping
 
     def embed(matrix: Tensor, tokens: Tensor) -> Hidden:
-        return enter(torch.nn.functional.embedding(tokens, matrix), config)
+        return expand(torch.nn.functional.embedding(tokens, matrix), config)
 
     def forward(weights: Weights, hidden: Hidden) -> tuple[Hidden, Any, Sampled]:
         hidden, kept = keeping.forward(weights, hidden)
@@ -89,33 +93,37 @@ def make_functions(
         fixed = top[: 0 if reads is None else 2]
 
         def loss(trained: tuple[Tensor, ...], hidden: Hidden) -> Tensor:
-            norm, matrix, *of_head = fixed + trained
-            head_mhc = MHCHead(*of_head) if of_head else ()
-            params = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix), head_mhc)
-            return scale * token_loss_sum(head(params, hidden, config, kernels), targets)
+            return scale * loss_chunk(fixed + trained, hidden, targets)
 
         (g_top, g_hidden), value = torch.func.grad_and_value(loss, argnums=(0, 1))(top[len(fixed) :], hidden)
         return value, g_top, _contiguous(g_hidden)
+
+    def loss_chunk(top: tuple[Tensor, ...], hidden: Hidden, targets: Tensor) -> Tensor:
+        norm, matrix, *of_head = top
+        head_mhc = MHCHead(*of_head) if of_head else ()
+        params = LMParams(Embedding(matrix), (), RMSNorm(norm), Linear(matrix), head_mhc)
+        return token_loss_sum(head(params, hidden, config, kernels), targets)
 
     def replay(hidden: Hidden, kept: Any) -> Hidden:
         assert keeping.replay is not None
         return _contiguous(keeping.replay(hidden, kept))
 
-    functions = Functions(embed, forward, head_chunk, backward, replay)
+    functions = Functions(embed, forward, head_chunk, loss_chunk, backward, replay)
     if not compiled:
         return functions
-    replays = remat == "mhc" and stored_every(config, remat) > 1
+    replays = remat == "mhc" and checkpoint_interval(config, remat) > 1
     used = [field for field in NAMES if field != "replay" or replays]
+    of = len(used) - (not evaluates)
     numbers = itertools.count(1)
 
     def say(name: str) -> None:
-        if announce is not None:
-            announce(next(numbers), len(used), name)
+        if on_compile is not None:
+            on_compile(next(numbers), of, name)
 
     return functions._replace(**{field: _compile(getattr(functions, field), NAMES[field], say) for field in used})
 
 
-def stored_every(config: ModelConfig, remat: str) -> int:
+def checkpoint_interval(config: ModelConfig, remat: str) -> int:
     """The streams are stored before every so many layers: `sqrt(n · layers / (n + 2))` with `remat="mhc"`, else 1.
 
     Source: arXiv 2512.24880, section 4.3.2.

@@ -15,10 +15,12 @@ from rlm_mhc.fn.lm import require_kind
 from rlm_mhc.fn.loss import Batch
 from rlm_mhc.fn.norm import widen
 from rlm_mhc.fn.product import without_autocast
-from rlm_mhc.program.functions import Announce, Functions, make_functions, stored_every
+from rlm_mhc.params import LMParams
+from rlm_mhc.program.functions import Functions, OnCompile, checkpoint_interval, make_functions
+from rlm_mhc.program.head import equal_chunks, top_weights
 from rlm_mhc.program.microbatch import run_microbatch
 from rlm_mhc.program.monitors import Sampled
-from rlm_mhc.program.parametrization import Parametrization, constant
+from rlm_mhc.program.weight_source import WeightSource, constant
 from rlm_mhc.stage import Weights
 from rlm_mhc.tree import named_leaves, ravel, rebuild, size, tree_leaves, tree_map, unravel
 
@@ -36,48 +38,102 @@ class Gradients(NamedTuple):
     sampled: Sampled
 
 
+# The functions of a model for one shape of tokens, dtype and device.
+ShapedFunctions = Callable[[torch.Size, torch.dtype, torch.device], Functions]
+
+
+def shared_functions(
+    config: ModelConfig,
+    kernels: Kernels,
+    *,
+    flat: bool,
+    remat: str = "none",
+    compiled: bool = False,
+    on_compile: OnCompile | None = None,
+    weight_source: WeightSource | None = None,
+    evaluates: bool = False,
+) -> ShapedFunctions:
+    """Return the functions of a model by shape, each compiled once for all that call it; see `make_functions`."""
+    reads = weight_source.reads if weight_source else None
+
+    @cache
+    def functions(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Functions:
+        return make_functions(
+            config,
+            kernels,
+            remat,
+            flat=flat and weight_source is None,
+            compiled=compiled,
+            on_compile=on_compile,
+            reads=reads,
+            evaluates=evaluates,
+        )
+
+    return functions
+
+
+def make_loss_sum(config: ModelConfig, functions: ShapedFunctions) -> Callable[[LMParams, Batch], Tensor]:
+    """`loss_sum(params, batch)`: the sum of the token losses of tokens and targets `[b, s]`, without gradients, in the
+    dtypes of the weights, under any autocast. It runs the forward of the training step."""
+
+    @torch.inference_mode(False)
+    def loss_sum(params: LMParams, batch: Batch) -> Tensor:
+        # Not under no_grad, for which the functions would be compiled anew: the weights are constants instead.
+        params = tree_map(constant, params)
+        require_kind(params, config)
+        matrix = params.embed_tokens.weight
+        run = functions(batch.tokens.shape, matrix.dtype, matrix.device)
+        weights = _weights(None, params, positions(batch.tokens, config)[:2])
+        with without_autocast(matrix.device.type):
+            hidden = run.embed(matrix, batch.tokens)
+            for index in range(len(params.layers)):
+                hidden = run.forward(weights(index), hidden)[0]
+            top = top_weights(params)
+            chunks = equal_chunks(hidden, batch.targets, len(top[1]))
+            parts = [run.loss(top, rows, wanted) for rows, wanted, _ in chunks]
+        return torch.stack(parts).sum()
+
+    return loss_sum
+
+
 def make_gradients(
     config: ModelConfig,
     kernels: Kernels,
     *,
     reduce: Reduce | None = None,
     remat: str = "none",
-    compiled: bool = False,
-    announce: Announce | None = None,
-    parametrization: Parametrization | None = None,
+    weight_source: WeightSource | None = None,
+    functions: ShapedFunctions | None = None,
+    **options: Any,
 ) -> Callable[[Any, Sequence[Batch], Tensor], Gradients]:
     """`gradients(trained, microbatches, scale)`: of `scale · Σ token losses` by every weight, in fp32 or wider.
 
     It runs in the dtypes of the weights, under any autocast.
 
-    What is trained is the model's parameters, or what a `parametrization` makes them of. Then a layer's weights are
+    What is trained is the model's parameters, or what a `weight_source` makes them of. Then a layer's weights are
     made when it is run, once forward and once backward, and the gradients of them are pulled back when it is done.
 
     With `reduce` the gradient of a layer, summed over the microbatches, is one flat vector, and `reduce(vector)` is
     called while the layers before are still in backward, and for the rest at the end; it returns a vector, or a
-    handle whose `wait()` does.
+    handle whose `wait()` does. `functions` are those of `shared_functions`; None: its own, with these `options`.
     """
-    flat, period = reduce is not None, stored_every(config, remat)
-    reads = parametrization.reads if parametrization else None
-
-    @cache
-    def functions(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Functions:
-        joined = flat and parametrization is None
-        return make_functions(config, kernels, remat, flat=joined, compiled=compiled, announce=announce, reads=reads)
+    flat, period = reduce is not None, checkpoint_interval(config, remat)
+    if functions is None:
+        functions = shared_functions(config, kernels, flat=flat, remat=remat, weight_source=weight_source, **options)
 
     @torch.inference_mode(False)  # under it, `torch.func` of PyTorch 2.11 gives zeros
     def gradients(trained: Any, microbatches: Sequence[Batch], scale: Tensor) -> Gradients:
         trained = tree_map(constant, trained)
-        params = parametrization.top(trained) if parametrization else trained
+        params = weight_source.top(trained) if weight_source else trained
         require_kind(params, config)
         matrix, tokens = params.embed_tokens.weight, microbatches[0].tokens
         run = functions(tokens.shape, matrix.dtype, matrix.device)
-        weights = _weights(parametrization, trained, positions(tokens, config)[:2])
+        weights = _weights(weight_source, trained, positions(tokens, config)[:2])
         top = trained._replace(layers=())
         top_sum = torch.zeros(size(top), dtype=widen(matrix[:0]).dtype, device=matrix.device)
         count = len(trained.layers)
         sums: list[Any] = [None] * count
-        pull = partial(_pull, parametrization, trained, flat) if parametrization else _same
+        pull = partial(_pull, weight_source, trained, flat) if weight_source else _same
         losses, monitored = [], []
         for number, batch in enumerate(microbatches):
             done = reduce if number == len(microbatches) - 1 else None
@@ -110,13 +166,13 @@ def wait(vector: Any) -> Tensor:
 
 
 def _weights(
-    parametrization: Parametrization | None, trained: Any, rotary: tuple[Tensor, Tensor]
+    weight_source: WeightSource | None, trained: Any, rotary: tuple[Tensor, Tensor]
 ) -> Callable[[int], Weights]:
     """A layer's weights by its number: all at hand, or made when they are asked for."""
     fixed = dict(zip(("cos", "sin"), rotary, strict=True))
-    if parametrization is None:
+    if weight_source is None:
         return [named_leaves(layer) | fixed for layer in trained.layers].__getitem__
-    make = parametrization.layer
+    make = weight_source.layer
     return lambda index: named_leaves(make(trained, index)) | fixed
 
 
@@ -125,11 +181,11 @@ def _same(index: int, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _pull(
-    parametrization: Parametrization, trained: Any, flat: bool, index: int, grads: tuple[Tensor, ...]
+    weight_source: WeightSource, trained: Any, flat: bool, index: int, grads: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The gradients of what is trained of a layer, from those of its weights."""
-    named = dict(zip(parametrization.reads, grads, strict=True))
-    pulled = parametrization.pull(trained, index, named)
+    named = dict(zip(weight_source.reads, grads, strict=True))
+    pulled = weight_source.pull(trained, index, named)
     return (ravel(pulled),) if flat else tuple(tree_leaves(pulled))
 
 

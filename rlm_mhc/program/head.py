@@ -1,7 +1,7 @@
 """Head and loss in chunks of tokens: loss and gradient of a chunk in one go, so that few logits exist at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,26 +41,35 @@ def run_head(
         targets: `[b, s]`.
         scale: 0-d.
     """
-    top, sinks = _top(params), _top(into)
-    wanted_of = targets.flatten()
-    size = chunk_tokens(len(wanted_of), len(top[1]), targets.device.type)
+    top, sinks = top_weights(params), top_weights(into)
     losses, cotangents = [], []
-    for rows, wanted in zip(chunks(hidden, size), wanted_of.split(size), strict=True):
-        missing = size - len(wanted)
-        if missing:  # one shape for all chunks: the last one is filled with tokens that do not count
-            rows = tree_map(lambda x: torch.cat([x, x.new_zeros(missing, *x.shape[1:])]), rows)  # noqa: B023
-            wanted = F.pad(wanted, (0, missing), value=IGNORED_TARGET)
+    for rows, wanted, count in equal_chunks(hidden, targets, len(top[1])):
         loss, grads, g_rows = head(top, rows, wanted, scale)
         for sink, grad in zip(sinks, grads, strict=True):
             sink.add_(grad)
         losses.append(loss)
-        cotangents.append(tree_map(lambda g: g[: size - missing], g_rows))  # noqa: B023
+        cotangents.append(tree_map(lambda g: g[:count], g_rows))  # noqa: B023
         del grads, g_rows  # before the next chunk's are made
     whole = cotangents[0] if len(cotangents) == 1 else tree_map(lambda *parts: torch.cat(parts), *cotangents)
     return torch.stack(losses).sum(), tree_map(lambda g, x: g.view(x.shape), whole, hidden)
 
 
-def _top(tree: Any) -> tuple[Tensor, ...]:
+def equal_chunks(hidden: Any, targets: Tensor, vocab_size: int) -> Iterator[tuple[Any, Tensor, int]]:
+    """Yield `(rows, targets, count)`, chunks of one shape: the last one is filled with tokens whose targets are ignored
+    to more than its `count`."""
+    flat = targets.flatten()
+    size = chunk_tokens(len(flat), vocab_size, targets.device.type)
+    for rows, wanted in zip(chunks(hidden, size), flat.split(size), strict=True):
+        count = len(wanted)
+        missing = size - count
+        if missing:
+            rows = tree_map(lambda x: torch.cat([x, x.new_zeros(missing, *x.shape[1:])]), rows)  # noqa: B023
+            wanted = F.pad(wanted, (0, missing), value=IGNORED_TARGET)
+        yield rows, wanted, count
+
+
+def top_weights(tree: Any) -> tuple[Tensor, ...]:
+    """Return `(norm, matrix, *head_mhc)` of an `LMParams`, or `head_mhc` where less is trained."""
     if not isinstance(tree, LMParams):
         return tuple(tree.head_mhc)
     return (tree.norm.weight, (tree.lm_head or tree.embed_tokens).weight, *tree.head_mhc)

@@ -11,7 +11,7 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.rope import rotary_table
 from rlm_mhc.params import init
-from rlm_mhc.program.functions import make_functions, stored_every
+from rlm_mhc.program.functions import checkpoint_interval, make_functions
 from rlm_mhc.program.head import chunk_tokens
 from rlm_mhc.stage import stage_of
 from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
@@ -66,7 +66,7 @@ def count_activations(
         _, residuals, _ = run.forward(named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}, hidden)
         state, layer = _bytes(hidden), _bytes(residuals)
     layers, wide = config.num_layers, 4 * size(hidden)
-    period = stored_every(config, remat)
+    period = checkpoint_interval(config, remat)
     kept = math.ceil(layers / period) * state + (0 if remat == "full" else layers * layer)
     rebuilt = layer if remat == "full" else (period - 1) * state
     logits = chunk_tokens(tokens.numel(), config.vocab_size, device) * config.vocab_size

@@ -38,7 +38,7 @@ def run_microbatch(
         scale: 0-d.
         into: the gradients of what is not a layer are added to it; see `run_head`.
         add: called as `add(index, gradients)` when those of a layer are complete, from the last layer to the first.
-        period: of `stored_every`.
+        period: of `checkpoint_interval`.
     """
     states: dict[int, Hidden] = {}
     kept: dict[int, Any] = {}

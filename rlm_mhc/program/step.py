@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,61 @@ from rlm_mhc.fn.kernels import REFERENCE, Kernels
 from rlm_mhc.fn.loss import Batch, count_targets, require_pairs
 from rlm_mhc.fn.optim import adamw
 from rlm_mhc.fn.schedule import cosine_schedule
-from rlm_mhc.params import cast, decay_mask
-from rlm_mhc.program.functions import Announce
-from rlm_mhc.program.gradients import Reduce, make_gradients, wait
+from rlm_mhc.params import LMParams, cast, decay_mask
+from rlm_mhc.program.functions import OnCompile
+from rlm_mhc.program.gradients import (
+    Reduce,
+    ShapedFunctions,
+    make_gradients,
+    make_loss_sum,
+    shared_functions,
+    wait,
+)
 from rlm_mhc.program.monitors import mhc_metrics
-from rlm_mhc.program.parametrization import Parametrization
 from rlm_mhc.program.precision import COMPUTE_DTYPE, next_loss_scale
 from rlm_mhc.program.state import TrainState
+from rlm_mhc.program.weight_source import WeightSource
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
+
+
+class Program(NamedTuple):
+    """`step` of `make_train_step`; `loss_sum(params, batch)`, the sum of the token losses of the model's weights in the
+    dtype of the step, by the functions that the step has compiled."""
+
+    step: TrainStep
+    loss_sum: Callable[[LMParams, Batch], Tensor]
+
+
+def make_program(config: ModelConfig, train_config: TrainConfig, *, evaluates: bool = True, **options: Any) -> Program:
+    """Return the training step and the evaluation of a model, which share what they compile.
+
+    Args:
+        config: the model.
+        train_config: its training.
+        evaluates: whether `loss_sum` is to be counted among the functions that `on_compile` is told of.
+        **options: of `make_train_step`.
+
+    >>> from rlm_mhc import fn
+    >>> config = ModelConfig.preset("tiny")
+    >>> program = make_program(config, TrainConfig(compile=False))
+    >>> tokens = torch.randint(4096, (2, 9))
+    >>> program.loss_sum(fn.init(config), fn.Batch(tokens[:, :-1], tokens[:, 1:])).shape
+    torch.Size([])
+    """
+    weight_source, reduce = options.get("weight_source"), options.get("reduce")
+    functions = shared_functions(
+        config,
+        options.get("kernels", REFERENCE),
+        flat=reduce is not None,
+        remat=train_config.remat_policy(config),
+        compiled=train_config.compile,
+        on_compile=options.get("on_compile"),
+        weight_source=weight_source,
+        evaluates=evaluates,
+    )
+    step = make_train_step(config, train_config, functions=functions, **options)
+    return Program(step, make_loss_sum(config, functions))
 
 
 def make_train_step(
@@ -31,8 +77,9 @@ def make_train_step(
     reduce: Reduce | None = None,
     kernels: Kernels = REFERENCE,
     donate: bool = False,
-    announce: Announce | None = None,
-    parametrization: Parametrization | None = None,
+    on_compile: OnCompile | None = None,
+    weight_source: WeightSource | None = None,
+    functions: ShapedFunctions | None = None,
 ) -> TrainStep:
     """`step(state, batch) -> (state, metrics)`, compiled unless `train_config.compile=False`.
 
@@ -47,8 +94,9 @@ def make_train_step(
             them are divided by the first.
         kernels: the operations to run the model with.
         donate: update the state in place, which saves a copy of it; the state passed in must not be used again.
-        announce: called as `announce(number, of, name)` before each function is compiled.
-        parametrization: how the model's weights come from `state.params`; None: they are the weights.
+        on_compile: called as `on_compile(number, of, name)` before each function is compiled.
+        weight_source: how the model's weights come from `state.params`; None: they are the weights.
+        functions: of `shared_functions`, where the step shares them; None: its own.
 
     Returns:
         A step. Its batch holds `batch_size × gradient_accumulation_steps` sequences, run as that many microbatches;
@@ -83,18 +131,19 @@ def make_train_step(
         reduce=reduce,
         remat=train_config.remat_policy(config),
         compiled=train_config.compile,
-        announce=announce,
-        parametrization=parametrization,
+        on_compile=on_compile,
+        weight_source=weight_source,
+        functions=functions,
     )
     all_ranks = reduce if reduce is not None else _same
-    decay = parametrization.decay if parametrization else decay_mask(config)
+    decay = weight_source.decay if weight_source else decay_mask(config)
     rate, update = _schedule(train_config), _update(train_config)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         _require_precision(state, train_config)
         microbatches = _microbatches(batch, train_config)
         compute = state.params
-        if parametrization is None:
+        if weight_source is None:
             compute = cast(compute, config, COMPUTE_DTYPE[train_config.mixed_precision])
         counted = _total(all_ranks, count_targets(batch.targets))
         loss_scale = state.loss_scale.scale if state.loss_scale else torch.ones_like(counted)

@@ -37,7 +37,7 @@ def small_training(batch_size: int = 2, accumulation: int = 2, **changes: Any) -
     return TrainConfig(**(fields | changes))
 
 
-def disturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
+def perturbed(params: Any, size: float = 0.1, seed: int = 1) -> Any:
     """A tree with noise of that size on every weight: away from the symmetric start, gradients that should not be
     zero are not."""
     generator = torch.Generator().manual_seed(seed)

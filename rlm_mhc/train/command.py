@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlm_mhc.train.device import MEMORY_ADVICE
-from rlm_mhc.train.outlets import install_outlets, visible
+from rlm_mhc.train.safe_stream import install_safe_streams, visible
 from rlm_mhc.train.signals import ignore_saving
 from rlm_mhc.validation import build, nearest, text_fields
 
@@ -44,7 +44,7 @@ def command(
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    install_outlets()
+    install_safe_streams()
     ignore_saving()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors its own way and exits
     folder, name = Path(script).resolve().parent / "configs", Path(script).stem

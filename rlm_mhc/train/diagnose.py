@@ -15,7 +15,7 @@ from rlm_mhc.tree import named_leaves, tree_leaves
 
 
 @torch.no_grad()
-def find_offender(
+def first_nonfinite(
     params: LMParams, batch: Batch, config: ModelConfig, training: TrainConfig, norms: Sequence[float]
 ) -> str:
     """In words: the first cause that there is of a step without finite numbers.

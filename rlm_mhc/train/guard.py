@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from rlm_mhc.fn import Batch, LMParams
 from rlm_mhc.program.precision import SMALLEST_SCALE
-from rlm_mhc.train.diagnose import find_offender
-from rlm_mhc.train.method import FULL
+from rlm_mhc.train.diagnose import first_nonfinite
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.train.trainable import FULL
 
 RECENT_LOSSES = 64
 LOSSES_BEFORE_SPIKES = 16
@@ -115,7 +115,7 @@ class Guard:
     def _explain(self, state: Any, step: BadStep) -> None:
         training, values = self.run.training, step.values
         norms = [value for name, value in values.items() if name.startswith("grad_norm/")]
-        offender = find_offender(self.model_of(state.params), step.batch, self.run.model, training, norms)
+        offender = first_nonfinite(self.model_of(state.params), step.batch, self.run.model, training, norms)
         self._say(
             f"step {step.number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}: not updated "
             f"({self.in_a_row} in a row, {training.max_bad_steps} end the run); {offender}"

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlm_mhc.checkpoint.weights import few
+from rlm_mhc.checkpoint.weights import abbreviate
 from rlm_mhc.disk import replace_file
 
 
@@ -84,7 +84,7 @@ def _read(file: Path, say: Callable[[str], object]) -> list[dict[str, Any]]:
     *lines, rest = file.read_bytes().split(b"\n")
     records = [_record(line) for line in lines]
     if bad := [str(number) for number, record in enumerate(records, start=1) if record is None]:
-        say(f"{file}: what is no record of a step is left out: line {few(bad)}")
+        say(f"{file}: what is no record of a step is left out: line {abbreviate(bad)}")
     # The last line of a killed run may be half written.
     return [record for record in (*records, _record(rest)) if record is not None]
 

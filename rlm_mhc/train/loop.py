@@ -15,7 +15,7 @@ from rlm_mhc import fn
 from rlm_mhc.data import Prepared, next_batch
 from rlm_mhc.parallel import ALONE, Ranks
 from rlm_mhc.program.state import TrainState
-from rlm_mhc.program.step import TrainStep
+from rlm_mhc.program.step import Program
 from rlm_mhc.train.curves import draw_curves
 from rlm_mhc.train.evaluate import evaluate
 from rlm_mhc.train.guard import Guard
@@ -33,7 +33,7 @@ SECONDS_BETWEEN_PICTURES = 15.0
 def train(
     run: RunConfig,
     start: Start,
-    step: TrainStep,
+    program: Program,
     data: Prepared,
     plan: Plan,
     log: MetricsLog | None = None,
@@ -45,8 +45,8 @@ def train(
 
     Args:
         run: the whole config.
-        start: where to start; with a donating `step` its state must not be used afterwards.
-        step: of `make_train_step`.
+        start: where to start; with a donating step its state must not be used afterwards.
+        program: of `make_program`.
         data: what to train and evaluate on.
         plan: of `make_plan`, for tokens and operations per step.
         log: receives one record per logged step; None on the ranks that do not write.
@@ -58,17 +58,17 @@ def train(
         ValueError: when `training.max_bad_steps` steps in a row had no finite loss and gradient.
         OSError: when the last checkpoint could not be written; failures before it are told of.
     """
-    training, (state, position, seen, watched, method) = run.training, start
+    training, (state, position, seen, watched, trainable) = run.training, start
     first = int(state.step)
     seen -= first * plan.tokens_per_step
     device = state.step.device
     session = _Session(log, report, run, plan) if log is not None else None
     warn_of_mhc = _HealthWarning(run) if ranks.is_first else lambda record: None
     speed = _Speed(plan)
-    saver = Saver(run, data, ranks, method)
-    guard = Guard(run, watched, saver.save_bad_step, ranks.is_first, method.model_of)
+    saver = Saver(run, data, ranks, trainable)
+    guard = Guard(run, watched, saver.save_bad_step, ranks.is_first, trainable.model_of)
     if first == 0 and run.evaluates_first:
-        loss = evaluate(method.model_of(state.params), run, data, ranks)
+        loss = evaluate(program.loss_sum, trainable.model_of(state.params), run, data, ranks)
         if session and loss is not None:
             session.write(_without_nan({"step": 0, "tokens": 0, "eval/loss": loss}))
     with saver, _bar(training.max_steps, first, ranks) as bar:
@@ -82,7 +82,7 @@ def train(
                 world=ranks.world,
             )
             batch = fn.Batch(*(x.to(device, non_blocking=True) for x in batch))
-            state, metrics = step(state, batch)
+            state, metrics = program.step(state, batch)
             guard.inspect(number, batch, state, metrics)
             asked = signals.agreed() if signals else Request()
             last = number == training.max_steps
@@ -92,8 +92,9 @@ def train(
             if evaluated or saved or number % training.logging_steps == 0:
                 record = _record(number, seen + number * plan.tokens_per_step, metrics) | guard.counts()
                 record |= {"data/bad_fraction": data.bad_fraction} | speed.read(number) | saver.stall()
+                record |= _peak_memory(device)
                 if evaluated:
-                    record["eval/loss"] = evaluate(method.model_of(state.params), run, data, ranks)
+                    record["eval/loss"] = evaluate(program.loss_sum, trainable.model_of(state.params), run, data, ranks)
                 record = _without_nan(record)
                 drawn = session.write(record) if session else False
                 warn_of_mhc(record)
@@ -154,6 +155,15 @@ class _Session:
         except OSError as error:
             tqdm.write(f"{self.picture} could not be written: {error}; the training goes on")
         self.drawn = time.monotonic()
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most GPU memory, in GiB, that tensors took since the last reading; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"gpu_peak_memory_gib": peak / 2**30}
 
 
 class _Speed:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rlm_mhc.checkpoint import Writer, generator_states, save_run, snapshot
+from rlm_mhc.checkpoint import Writer, rng_states, save_run, snapshot
 from rlm_mhc.checkpoint.config_files import write_generation_config
 from rlm_mhc.checkpoint.tensors import write_tensors
 from rlm_mhc.data import Position, Prepared, save_tokenizer
@@ -18,9 +18,9 @@ from rlm_mhc.fn import Batch
 from rlm_mhc.parallel import Ranks, from_first, gather
 from rlm_mhc.program.state import TrainState
 from rlm_mhc.train.guard import BadStep, joined
-from rlm_mhc.train.method import FULL, Method
 from rlm_mhc.train.output import BAD_STEPS, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, write_config
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.train.trainable import FULL, Trainable
 
 BATCH_FILE = "batch.safetensors"
 
@@ -31,8 +31,8 @@ class Saver:
     A checkpoint that cannot be written is told of, and the training goes on.
     """
 
-    def __init__(self, run: RunConfig, data: Prepared, ranks: Ranks, method: Method = FULL) -> None:
-        self.run, self.data, self.ranks, self.method = run, data, ranks, method
+    def __init__(self, run: RunConfig, data: Prepared, ranks: Ranks, trainable: Trainable = FULL) -> None:
+        self.run, self.data, self.ranks, self.trainable = run, data, ranks, trainable
         self.generation = run.generation
         self.writer = Writer(lambda line: tqdm.write(f"{line}; the training goes on, earlier checkpoints are whole"))
         self.newest = -1
@@ -50,7 +50,7 @@ class Saver:
         return {"save_stall": seconds} if seconds else {}
 
     def _begin(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> None:
-        states = gather(self.ranks, generator_states())
+        states = gather(self.ranks, rng_states())
         number = int(state.step)
         if not self.ranks.is_first or number == self.newest:
             return
@@ -58,7 +58,7 @@ class Saver:
         described = self._describe(state, position, tokens, watch)
         self.writer.wait()  # before there is another copy
         trained, optimizer = snapshot((state.params, state.optimizer))
-        params = self.method.model_of(trained)
+        params = self.trainable.model_of(trained)
         folder = Path(self.run.output_dir)
         saved = partial(
             save_run,
@@ -97,7 +97,7 @@ class Saver:
             "step": step.number,
             "bad_step": {name: repr(value) for name, value in step.values.items()},
             "world": self.ranks.world,
-            **self.method.facts,
+            **self.trainable.facts,
         }
 
         def extras(target: Path) -> None:
@@ -105,7 +105,7 @@ class Saver:
             write_tensors(target / BATCH_FILE, batch._asdict())
 
         self.writer.wait()  # a checkpoint under way is not to be cut off either
-        folder, params = Path(self.run.output_dir) / BAD_STEPS, self.method.model_of(state.params)
+        folder, params = Path(self.run.output_dir) / BAD_STEPS, self.trainable.model_of(state.params)
         try:
             path = save_run(folder, params, self.run.model, state.optimizer, described, keep=1, extras=extras)
         except OSError as error:
@@ -113,10 +113,10 @@ class Saver:
         return f"python recipes/replay.py {path} repeats the last of them"
 
     def _extras(self, trained: Any, folder: Path) -> None:
-        self.method.write(folder, trained)
+        self.trainable.write(folder, trained)
         write_config(self.run, folder / CONFIG_FILE)
         save_tokenizer(self.data.tokenizer, folder)
-        write_generation_config(folder, self.data.tokenizer, self.generation, self.data.turn_ends)
+        write_generation_config(folder, self.data.tokenizer, self.generation, self.data.stop_token_ids)
 
     def _describe(self, state: TrainState, position: Position, tokens: int, watch: dict[str, Any]) -> dict[str, Any]:
         described = {
@@ -129,7 +129,7 @@ class Saver:
             "max_length": self.run.data.max_length,
             "watch": watch,
             "torch_version": torch.__version__,
-            **self.method.facts,
+            **self.trainable.facts,
         }
         if state.loss_scale:
             described["loss_scale"] = {name: value.item() for name, value in state.loss_scale._asdict().items()}

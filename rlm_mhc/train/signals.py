@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlm_mhc.parallel import Ranks, Vote
+from rlm_mhc.parallel import DelayedFlags, Ranks
 
 STOPPING = ("SIGTERM", "SIGINT", "SIGHUP")
 SAVING = ("SIGUSR1",)
@@ -32,7 +32,7 @@ class Signals:
     `REPEAT_SECONDS` of it are the same request; a later one ends the process at once."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.vote = Vote(ranks)
+        self.vote = DelayedFlags(ranks)
         self.stop, self.save, self.is_first = "", False, ranks.is_first
         self.stopped = 0.0
 

@@ -13,7 +13,7 @@ from rlm_mhc.checkpoint import (
     is_run,
     load_pretrained,
     load_run,
-    restore_generators,
+    restore_rng_states,
     seed_generators,
 )
 from rlm_mhc.checkpoint.run import STATE_FILE
@@ -25,9 +25,9 @@ from rlm_mhc.program import TrainState, init_train_state
 from rlm_mhc.program.precision import LossScale, init_loss_scale, restore_loss_scale
 from rlm_mhc.program.state import resume_train_state
 from rlm_mhc.train.finetune_config import FinetuneConfig
-from rlm_mhc.train.method import FULL, Method, method_of, require_same
 from rlm_mhc.train.output import CONFIG_FILE, METRICS_FILE, read_config
 from rlm_mhc.train.run_config import RunConfig
+from rlm_mhc.train.trainable import FULL, Trainable, require_same, trainable_of
 from rlm_mhc.tree import tree_map
 
 # What says how and where to run, not what.
@@ -53,19 +53,19 @@ class Start(NamedTuple):
     position: Position
     tokens: int = 0
     watched: dict[str, Any] = {}  # noqa: RUF012
-    method: Method = FULL
+    trainable: Trainable = FULL
 
 
 class Loaded(NamedTuple):
-    """A checkpoint as a run of `method` goes on from it: its state, `trainer_state.json`, the generators by rank."""
+    """A checkpoint as a run of `trainable` goes on from it: its state, `trainer_state.json`, the generators by rank."""
 
     state: TrainState
     saved: dict[str, Any]
     generators: list[dict[str, Any]]
-    method: Method
+    trainable: Trainable
 
 
-def starting_point(
+def initial_state(
     run: RunConfig, checkpoint: Path | None, data: Prepared, device: torch.device, ranks: Ranks = ALONE
 ) -> Start:
     """A fresh start, for fine-tuning from the weights it names; all of a checkpoint, so that the run is as one that
@@ -112,16 +112,16 @@ def load_state(run: RunConfig, checkpoint: Path, device: torch.device, *, verify
         FileNotFoundError: when a file of it is missing.
         ValueError: when one is damaged, or it is of another model, or of other adapters.
     """
-    method, described = method_of(run, partial(_base, run, device)), describe_run(checkpoint)
+    trainable, described = trainable_of(run, partial(_base, run, device)), describe_run(checkpoint)
     _require_form(described, {name: form for name, form in OPTIONAL.items() if name in described}, checkpoint)
-    require_same(method, described, checkpoint)
+    require_same(trainable, described, checkpoint)
     params, config, optimizer, saved, generators = load_run(
-        checkpoint, lambda params: adamw_init(_described(method.read(checkpoint, params))), device, verify=verify
+        checkpoint, lambda params: adamw_init(_described(trainable.read(checkpoint, params))), device, verify=verify
     )
     _require_shape(run, checkpoint, config)
-    trained = method.read(checkpoint, params)
+    trained = trainable.read(checkpoint, params)
     state = resume_train_state(trained, optimizer, saved["step"], _loss_scale(run, saved, device))
-    return Loaded(state, saved, generators, method)
+    return Loaded(state, saved, generators, trainable)
 
 
 def _described(trained: Any) -> Any:
@@ -131,9 +131,9 @@ def _described(trained: Any) -> Any:
 
 def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.device, ranks: Ranks) -> Start:
     verified = run.resume == "auto"  # when it was chosen
-    state, saved, generators, method = load_state(run, checkpoint, device, verify=not verified)
+    state, saved, generators, trainable = load_state(run, checkpoint, device, verify=not verified)
     if ranks.rank < len(generators):
-        restore_generators(generators[ranks.rank])
+        restore_rng_states(generators[ranks.rank])
     place = "place in the data" if same_data else "not the place in the data, which are others: they start anew"
     print(
         f"resumed      {checkpoint}, step {int(state.step)}: weights, optimizer, schedule, random generators, {place}",
@@ -142,7 +142,7 @@ def _go_on(run: RunConfig, checkpoint: Path, same_data: bool, device: torch.devi
     if saved.get("torch_version") != torch.__version__:
         print(f"             torch {saved.get('torch_version')} wrote it: the last bits may differ", flush=True)
     position = _position(saved) if same_data else Position(run.seed)
-    return Start(state, position, saved.get("tokens", 0), saved.get("watch", {}), method)
+    return Start(state, position, saved.get("tokens", 0), saved.get("watch", {}), trainable)
 
 
 def _with_weights(run: RunConfig, checkpoint: Path, device: torch.device) -> Start:
@@ -153,12 +153,12 @@ def _with_weights(run: RunConfig, checkpoint: Path, device: torch.device) -> Sta
             "choose another folder"
         )
     params = _weights(run, checkpoint, device)
-    method = method_of(run, lambda: params)
-    trained = method.begin(params)
+    trainable = trainable_of(run, lambda: params)
+    trained = trainable.begin(params)
     state = resume_train_state(trained, adamw_init(trained), 0, init_loss_scale(run.training.mixed_precision, device))
     taken = "weights and tokenizer" if run.data.tokenizer == "auto" else "weights"
     print(f"started from {checkpoint}: its {taken}; optimizer, schedule and data start anew", flush=True)
-    return Start(state, Position(run.seed), method=method)
+    return Start(state, Position(run.seed), trainable=trainable)
 
 
 def _base(run: RunConfig, device: torch.device) -> LMParams:

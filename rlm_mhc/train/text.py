@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from rlm_mhc.config import ModelConfig
-from rlm_mhc.data.tokenizer import beginning, id_bound
-from rlm_mhc.fn import LMParams, generate
+from rlm_mhc.data.tokenizer import bos_ids, id_bound
+from rlm_mhc.fn import Decoder, LMParams, generate
 
 CONTEXT = 5
 
@@ -22,11 +22,12 @@ def sample_text(
     temperature: float = 0.8,
     top_k: int = 40,
     seed: int = 0,
-    turn_ends: Sequence[int] = (),
+    stop_token_ids: Sequence[int] = (),
+    decoder: Decoder | None = None,
 ) -> str:
-    """`prompt` and a continuation of at most `tokens` tokens, ending early at end of text, at a token of `turn_ends`
-    and where the model's positions end."""
-    stops = [tokenizer.eos_token_id, *turn_ends]
+    """Return `prompt` and a continuation of at most `tokens` tokens, which ends early at end of text, at one of
+    `stop_token_ids` and where the model's positions end."""
+    stops = [tokenizer.eos_token_id, *stop_token_ids]
     device = params.norm.weight.device
     ids = encode(tokenizer, prompt)
     new = min(tokens, config.max_seq_len - len(ids))
@@ -43,6 +44,7 @@ def sample_text(
         vocab_size=id_bound(tokenizer),
         temperature=temperature,
         top_k=top_k,
+        decoder=decoder,
     )
     return prompt + "".join(text_pieces(tokenizer, out.tokens[0, len(ids) : out.lengths[0]].tolist(), ids, stops))
 
@@ -50,7 +52,7 @@ def sample_text(
 def encode(tokenizer: Any, prompt: str) -> list[int]:
     """The ids of a prompt, which begins as the tokenizer begins every text, if it does not spell that itself. Where it
     begins with nothing, those of an empty one are end of text, after which a document begins."""
-    ids, first = tokenizer(prompt, add_special_tokens=False)["input_ids"], beginning(tokenizer)
+    ids, first = tokenizer(prompt, add_special_tokens=False)["input_ids"], bos_ids(tokenizer)
     return (ids if ids[:1] == first else first + ids) or [tokenizer.eos_token_id]
 
 

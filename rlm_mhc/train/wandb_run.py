@@ -1,10 +1,11 @@
 """A run's records in Weights & Biases, where a project is named."""
 
+import contextlib
 import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
     if wandb_run is None:
         return lambda record: None
     return lambda record: wandb_run.log(record, step=record["step"])
+
+
+@contextlib.contextmanager
+def finished(wandb_run: Any) -> Iterator[None]:
+    """Finish a wandb run at the end of the block, as failed where that raises; nothing for None."""
+    try:
+        yield
+    except BaseException:
+        if wandb_run:
+            wandb_run.finish(exit_code=1)
+        raise
+    if wandb_run:
+        wandb_run.finish()
 
 
 def _mode() -> str:

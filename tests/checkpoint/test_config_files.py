@@ -14,7 +14,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(
-    ("base", "turn_ends", "ends"),
+    ("base", "stop_token_ids", "ends"),
     [
         (None, (), 0),
         ({"eos_token_id": 0}, (0,), 0),
@@ -22,8 +22,8 @@ def tokenizer():
         ({"eos_token_id": [7, 0]}, (5, 7), [7, 0, 5]),
     ],
 )
-def test_more_ends_of_generation_join_those_of_the_base(tmp_path, tokenizer, base, turn_ends, ends):
-    write_generation_config(tmp_path, tokenizer, base, turn_ends)
+def test_more_ends_of_generation_join_those_of_the_base(tmp_path, tokenizer, base, stop_token_ids, ends):
+    write_generation_config(tmp_path, tokenizer, base, stop_token_ids)
     assert load_generation_config(tmp_path) == {"pad_token_id": 0, "eos_token_id": ends}
 
 

@@ -11,13 +11,13 @@ from rlm_mhc import fn
 from rlm_mhc.convert import from_llama, to_llama, upcycle
 from rlm_mhc.convert.gates import closed_specs
 from rlm_mhc.testing import random_batch, small_config
-from rlm_mhc.testing.models import disturbed, with_entry
+from rlm_mhc.testing.models import perturbed, with_entry
 from rlm_mhc.tree import map_named, named_leaves, tree_map
 
 
 def closed(config):
     """Weights of the library's own start without their gates, all others away from it."""
-    params = map_named(lambda name, w: disturbed(w) if "mhc" not in name else w, fn.init(config))
+    params = map_named(lambda name, w: perturbed(w) if "mhc" not in name else w, fn.init(config))
     return map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, params)
 
 

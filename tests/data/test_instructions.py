@@ -277,7 +277,7 @@ def test_of_several_templates_the_default_one_renders(tmp_path, tokenizer):
     tokenizer.chat_template = {"default": PLAIN, "tool_use": "{{ 'tools' }}" + PLAIN}
     named = with_template(tokenizer, None)
     parse = chat_parse(named)
-    plain, tools = (parse.read({"messages": CHAT, **more}, "").segments[0].text for more in ({}, {"tools": [{}]}))
+    plain, tools = (parse.read({"messages": CHAT, **more}, "").spans[0].text for more in ({}, {"tools": [{}]}))
     assert (plain.startswith("<|im_start|>system"), tools.startswith("tools<|im_start|>system")) == (True, True)
     tokenizer.chat_template = {"rag": PLAIN}
     with pytest.raises(ValueError, match="no chat template"):
@@ -290,10 +290,10 @@ def test_the_special_tokens_that_end_turns_are_known(tmp_path, tokenizer, templa
     tokenizer.add_tokens(["<|eot|>"], special_tokens=True)  # one that transformers has no name for
     tokenizer.chat_template = template.replace("<|im_end|>", mark)
     data = prepared(tmp_path, [{"messages": CHAT}], chat_parse(tokenizer), tokenizer, length=128)
-    assert data.turn_ends == (tokenizer.convert_tokens_to_ids(mark),)
+    assert data.stop_token_ids == (tokenizer.convert_tokens_to_ids(mark),)
     assert counted_texts(data.train, tokenizer) == [[f"a line of a matrix{mark}", f"one across  {mark}"]]
     data = prepared(tmp_path, [{"prompt": "a", "completion": "b"}], completion_parse(), tokenizer)
-    assert data.turn_ends == (tokenizer.eos_token_id,)
+    assert data.stop_token_ids == (tokenizer.eos_token_id,)
 
 
 def test_a_special_token_at_the_cut_of_an_example_ends_no_turn(tmp_path, tokenizer):
@@ -303,7 +303,7 @@ def test_a_special_token_at_the_cut_of_an_example_ends_no_turn(tmp_path, tokeniz
     tokens = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
     cut = max(i for i, token in enumerate(tokens) if token == tokenizer.convert_tokens_to_ids("<|im_start|>"))
     for length, ends in ((cut, ()), (128, (tokenizer.convert_tokens_to_ids("<|im_end|>"),))):
-        assert prepared(tmp_path, [{"messages": chat}], parse, tokenizer, length=length).turn_ends == ends
+        assert prepared(tmp_path, [{"messages": chat}], parse, tokenizer, length=length).stop_token_ids == ends
 
 
 OPEN = "{% for m in messages %}{{ '\\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
@@ -321,7 +321,7 @@ def test_turns_that_a_template_leaves_open_end_with_end_of_text(tmp_path, tokeni
     parse = chat_parse(tokenizer)
     data = prepared(tmp_path, records, parse, tokenizer, length=128, said=said)
     assert counted_texts(data.train, tokenizer) == [["a line of a matrix", "one across  <|endoftext|>"]]
-    assert data.turn_ends == (tokenizer.eos_token_id,)
+    assert data.stop_token_ids == (tokenizer.eos_token_id,)
     prepared(tmp_path, records, parse, tokenizer, length=128, said=said)
     assert sum(line.startswith("end of text  is appended to 2 examples") for line in said) == 2
 
@@ -418,7 +418,7 @@ def test_a_byte_order_mark_of_a_template_is_no_text(tmp_path, tokenizer, where):
     if where != "file":
         tokenizer.chat_template = "\ufeff" + PLAIN if where == "tokenizer" else {"default": "\ufeff" + PLAIN}
     named = with_template(tokenizer, str(tmp_path / "chat.jinja") if where == "file" else None)
-    (text, _), *_ = chat_parse(named).read({"messages": CHAT}, "").segments
+    (text, _), *_ = chat_parse(named).read({"messages": CHAT}, "").spans
     assert text.startswith("<|im_start|>system")
 
 

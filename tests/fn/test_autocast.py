@@ -16,7 +16,7 @@ from rlm_mhc.kernels.sinkhorn import mhc_mappings_by_op, sinkhorn_knopp
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.hyper import mappings_stage
 from rlm_mhc.testing import largest_difference, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 from rlm_mhc.tree import named_leaves, tree_leaves
 from rlm_mhc.variants import PRESETS, PROJECTIONS
 
@@ -28,7 +28,7 @@ def normal(*shape, seed=0):
 
 
 def weights(preset):
-    return disturbed(fn.init(small_config(mhc_preset=preset)))
+    return perturbed(fn.init(small_config(mhc_preset=preset)))
 
 
 def of_mappings(run, preset):

@@ -8,14 +8,14 @@ from rlm_mhc import fn
 from rlm_mhc.fn.attention import attend, causal_attention, masked_attention
 from rlm_mhc.fn.context import attention_mask
 from rlm_mhc.testing import assert_as_accurate, small_config
-from rlm_mhc.testing.models import disturbed, double
+from rlm_mhc.testing.models import double, perturbed
 from rlm_mhc.tree import tree_leaves
 
 
 def inputs(**fields):
     config = small_config(**fields)
     tokens = torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
-    return config, disturbed(fn.init(config), 0.2), tokens
+    return config, perturbed(fn.init(config), 0.2), tokens
 
 
 @pytest.mark.parametrize("preset", ["paper", "single_pass"])
@@ -56,7 +56,7 @@ def test_gradients_do_not_cross_documents():
     x = F.embedding(tokens, params.embed_tokens.weight)
 
     def second(x):
-        hidden = fn.block(params.layers[0], fn.enter(x, config), context, config).hidden
+        hidden = fn.block(params.layers[0], fn.expand(x, config), context, config).hidden
         return hidden.x[:, 5:].sum()
 
     grad = torch.func.grad(second)(x)

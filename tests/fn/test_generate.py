@@ -9,7 +9,7 @@ from torch.utils import _pytree
 from rlm_mhc import fn
 from rlm_mhc.program import make_decoder
 from rlm_mhc.testing import assert_as_accurate, largest_difference, small_config
-from rlm_mhc.testing.models import disturbed, double, with_wide_vectors
+from rlm_mhc.testing.models import double, perturbed, with_wide_vectors
 from rlm_mhc.tree import tree_leaves, tree_map
 from rlm_mhc.variants import PRESETS
 
@@ -24,7 +24,7 @@ LENGTHS = torch.tensor([1, 7, 4])
 
 def model(dtype=torch.float32, **fields):
     config = small_config(**fields)
-    params = disturbed(fn.init(config, dtype=dtype), 0.2)
+    params = perturbed(fn.init(config, dtype=dtype), 0.2)
     return config, params, torch.randint(config.vocab_size, (3, 14), generator=torch.Generator().manual_seed(1))
 
 

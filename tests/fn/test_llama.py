@@ -5,7 +5,7 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
-from rlm_mhc.testing.peers import llama
+from rlm_mhc.testing.baselines import llama
 from rlm_mhc.tree import map_named, named_leaves
 
 
@@ -29,7 +29,7 @@ def logits_of(theirs, tokens):
         return theirs(tokens).logits, theirs.double()(tokens).logits
 
 
-def louder(params):
+def perturbed(params):
     """Weights so large that every part of the network shows in the logits."""
     return map_named(
         lambda name, w: w * (5 if "proj" in name else 25) if w.dim() == 2 and "mhc" not in name else w, params
@@ -40,7 +40,7 @@ def louder(params):
 @pytest.mark.parametrize("mhc", [True, False])
 def test_logits_equal_llamas(tied, mhc):
     config = small_config(tie_embeddings=tied, mhc_enabled=mhc, rope_theta=500.0)
-    params = louder(fn.init(config))
+    params = perturbed(fn.init(config))
     params = map_named(lambda name, w: w * 0 if name.endswith("alpha") else w, params)
     tokens = random_batch(config, 3, 17).tokens
     plain, exact = logits_of(llama_with(config, params), tokens)
@@ -61,7 +61,7 @@ def test_logits_equal_llamas_at_initial_weights(n):
 
 def test_gradients_equal_llamas():
     config = small_config(mhc_enabled=False, tie_embeddings=False)
-    params, batch = louder(fn.init(config)), random_batch(config, 2, 9)
+    params, batch = perturbed(fn.init(config)), random_batch(config, 2, 9)
 
     def gradients(theirs):
         logits = theirs(batch.tokens).logits
@@ -75,7 +75,7 @@ def test_gradients_equal_llamas():
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_generation_equals_llamas(penalty):
     config = small_config(mhc_enabled=False)
-    params, tokens = louder(fn.init(config)), random_batch(config, 3, 7).tokens
+    params, tokens = perturbed(fn.init(config)), random_batch(config, 3, 7).tokens
     theirs = llama_with(config, params)
     stop = fn.generate(params, tokens, config, max_new_tokens=12, repetition_penalty=penalty).tokens[1, 10].item()
     how = dict(do_sample=False, use_cache=True, eos_token_id=stop, pad_token_id=0, repetition_penalty=penalty)

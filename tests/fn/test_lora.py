@@ -11,7 +11,7 @@ from rlm_mhc.fn.lora import (
     merge_weight,
 )
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
 
 LORA = LoraConfig(rank=3, alpha=6)
@@ -58,8 +58,8 @@ def test_a_merged_weight_is_the_sum_in_its_own_dtype(dtype):
 
 def test_pulled_gradients_are_those_of_the_change_of_variables():
     config = small_config(mhc_preset="deepseek_v4")
-    base = tree_map(torch.Tensor.double, disturbed(fn.init(config)))
-    trained = tree_map(torch.Tensor.double, disturbed(fn.lora_init(base, LORA)))
+    base = tree_map(torch.Tensor.double, perturbed(fn.init(config)))
+    trained = tree_map(torch.Tensor.double, perturbed(fn.lora_init(base, LORA)))
     batch = random_batch(config, 3, 7)
     exact = torch.func.grad(lambda own: fn.loss(fn.lora_merge(base, own, LORA.scale), batch, config))(trained)
     full = torch.func.grad(fn.loss)(fn.lora_merge(base, trained, LORA.scale), batch, config)

@@ -8,7 +8,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from rlm_mhc import fn
 from rlm_mhc.convert import mhc_from_deepseek_v4
 from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double
+from rlm_mhc.testing.models import double, perturbed
 from rlm_mhc.tree import named_leaves
 from rlm_mhc.variants import PRESETS
 
@@ -116,7 +116,7 @@ def test_single_pass_takes_pre_from_the_sub_layer_before(accurate):
     x = torch.randn(2, 5, WIDTH)
 
     def mine(x):
-        hidden = fn.enter(x, config)
+        hidden = fn.expand(x, config)
         for module, branch in zip(modules, branches, strict=True):
             hidden = fn.hyper_connection(ours(module), hidden, branch, config).hidden
         return (fn.collapse(fn.init(config), hidden, config),)
@@ -126,7 +126,7 @@ def test_single_pass_takes_pre_from_the_sub_layer_before(accurate):
 
 def test_identity_adds_to_every_stream_and_mixes_none():
     config = small_config(mhc_preset="identity")
-    params = disturbed(fn.init(config)).layers[0].attn_mhc
+    params = perturbed(fn.init(config)).layers[0].attn_mhc
     streams = torch.randn(2, 5, 4, 32)
     (out, _), (res,), _ = fn.hyper_connection(params, fn.Hidden(streams), torch.sin, config)
     paper = fn.mhc_mappings(params, streams, preset="identity")
@@ -184,7 +184,7 @@ def test_every_preset_says_where_it_is_from_and_makes_a_model(preset):
     assert PRESETS[preset].source
     config = small_config(mhc_preset=preset)
     params, batch = fn.init(config), random_batch(config, 2, 9)
-    grads = torch.func.grad(fn.loss)(disturbed(params), batch, config)
+    grads = torch.func.grad(fn.loss)(perturbed(params), batch, config)
     dead = {name for name, g in named_leaves(grads).items() if not g.any() or not g.isfinite().all()}
     assert not dead
 

@@ -9,7 +9,7 @@ from rlm_mhc.fn.mlp import mlp
 from rlm_mhc.fn.norm import norm
 from rlm_mhc.fn.replaceable import is_present, replaceable
 from rlm_mhc.testing import small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 
 CONFIG = small_config(mhc_preset="deepseek_v4", qk_norm=True, tie_embeddings=False)
 
@@ -38,7 +38,7 @@ OF_ATTENTION = {"q_proj": PARTS["lm_head"], "o_proj": PARTS["lm_head"], "q_norm"
 @pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize("name", [*PARTS, *OF_LAYER, *OF_ATTENTION])
 def test_a_function_stands_in_for_weights(name):
-    params = disturbed(fn.init(CONFIG))
+    params = perturbed(fn.init(CONFIG))
     tokens = torch.tensor([[1, 2, 3]])
     calls, layer = [], params.layers[0]
 

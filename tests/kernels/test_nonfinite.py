@@ -13,7 +13,7 @@ from rlm_mhc.kernels.selftest import ARGUMENTS, OUTPUTS, draw_inputs, fused, ref
 from rlm_mhc.kernels.sinkhorn import op
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.testing import random_batch, small_config
-from rlm_mhc.testing.models import disturbed, with_entry
+from rlm_mhc.testing.models import perturbed, with_entry
 from rlm_mhc.tree import named_leaves, tree_leaves, tree_map
 from rlm_mhc.variants import PRESETS
 
@@ -66,7 +66,7 @@ def prepared(preset, device):
     config = small_config(**shape, mhc_flows=2, mhc_sinkhorn_iters=2, mhc_preset=preset)
     state = init_train_state(config, TRAINING, device=device)
     steps = [make_train_step(config, TRAINING, kernels=kernels) for kernels in (fn.REFERENCE, TRITON)]
-    return config, state._replace(params=disturbed(state.params)), steps
+    return config, state._replace(params=perturbed(state.params)), steps
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

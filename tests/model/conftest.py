@@ -4,7 +4,7 @@ import torch
 from rlm_mhc.data import Source, train_tokenizer
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 from rlm_mhc.tree import tree_map
 
 TEMPLATE = (
@@ -26,7 +26,7 @@ def make_model():
     def make(**changes):
         model = RLMModel(small_config(**changes)).eval()
         with torch.no_grad():
-            tree_map(torch.Tensor.copy_, model.tree(), disturbed(model.tree()))
+            tree_map(torch.Tensor.copy_, model.tree(), perturbed(model.tree()))
         return model
 
     return make

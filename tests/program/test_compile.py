@@ -12,7 +12,7 @@ from rlm_mhc.params import RMSNorm
 from rlm_mhc.program import decode, functions, init_train_state, make_decoder, make_train_step
 from rlm_mhc.program.compile import compile_whole
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 compile_eagerly = functools.partial(compile_whole, backend="eager")
@@ -114,12 +114,12 @@ def test_a_train_step_whose_first_weights_share_tensors_equals_the_uncompiled_on
     for compiled in (True, False):
         training = TrainConfig(batch_size=2, gradient_accumulation_steps=1, compile=compiled, mixed_precision="fp32")
         state = init_train_state(config, training, device="cpu")
-        state = state._replace(params=shared_norms(disturbed(state.params)))
+        state = state._replace(params=shared_norms(perturbed(state.params)))
         step = make_train_step(config, training)
         for _ in range(2):
             state, metrics = step(state, batch)
             # Noise, so that weights which take each other's place are far from each other.
-            state = state._replace(params=disturbed(state.params))
+            state = state._replace(params=perturbed(state.params))
         results.append((state.params, metrics["loss"]))
     assert_trees_close(results[0], results[1], 1e-5)
 
@@ -127,7 +127,7 @@ def test_a_train_step_whose_first_weights_share_tensors_equals_the_uncompiled_on
 def test_a_decoder_whose_first_weights_share_tensors_equals_the_uncompiled_one(monkeypatch):
     monkeypatch.setattr(decode, "compile_whole", compile_eagerly)
     config = small_config(num_layers=1, mhc_flows=1, mhc_sinkhorn_iters=1)
-    params, token = disturbed(fn.init(config)), torch.tensor([1, 2])
+    params, token = perturbed(fn.init(config)), torch.tensor([1, 2])
     run, plain = make_decoder(config), make_decoder(config, compiled=False)
     for weights in (shared_norms(params), params):
         logits = [d.step(weights, token, config, fn.init_cache(config, 2, 8))[0] for d in (run, plain)]

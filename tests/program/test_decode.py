@@ -7,14 +7,14 @@ from torch._dynamo.utils import counters
 from rlm_mhc import fn
 from rlm_mhc.program import make_decoder
 from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double
+from rlm_mhc.testing.models import double, perturbed
 from rlm_mhc.variants import PRESETS
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_uncompiled_it_is_the_reference(preset):
     config = small_config(mhc_preset=preset)
-    params, tokens = disturbed(fn.init(config)), random_batch(config, 2, 6).tokens
+    params, tokens = perturbed(fn.init(config)), random_batch(config, 2, 6).tokens
     decoder = make_decoder(config, compiled=False)
     empty, wide = fn.init_cache(config, 2, 8), double(params)
     ours = decoder.prefill(params, tokens, config, empty)
@@ -29,7 +29,7 @@ def test_uncompiled_it_is_the_reference(preset):
 @pytest.mark.usefixtures("no_shape_checks")
 def test_one_compiled_step_serves_all_positions_and_equals_the_reference():
     config = small_config(num_layers=1, mhc_flows=2)
-    params, tokens, lengths = disturbed(fn.init(config)), random_batch(config, 2, 6).tokens, torch.tensor([2, 6])
+    params, tokens, lengths = perturbed(fn.init(config)), random_batch(config, 2, 6).tokens, torch.tensor([2, 6])
     decoder = make_decoder(config)
     torch._dynamo.reset()
     counters.clear()
@@ -50,7 +50,7 @@ def test_one_compiled_step_serves_all_positions_and_equals_the_reference():
 @pytest.mark.usefixtures("no_shape_checks")
 def test_generating_again_compiles_nothing_and_gives_the_tokens_of_the_reference():
     config = small_config(num_layers=1, mhc_enabled=False)
-    params, tokens = disturbed(fn.init(config)), random_batch(config, 2, 6).tokens
+    params, tokens = perturbed(fn.init(config)), random_batch(config, 2, 6).tokens
     decoder = make_decoder(config, cache_size=20)
     fn.generate(params, tokens, config, max_new_tokens=2, decoder=decoder)
     with torch._dynamo.config.patch(error_on_recompile=True):

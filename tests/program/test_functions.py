@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from rlm_mhc import fn
 from rlm_mhc.program.functions import make_functions
 from rlm_mhc.testing import random_batch, small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 from rlm_mhc.tree import named_leaves
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear"}
@@ -32,7 +32,7 @@ def arguments_of(config, remat, kernels=fn.REFERENCE):
     cos, sin = fn.rotary_table(torch.arange(16), config.head_width)
     weights = named_leaves(params.layers[0]) | {"cos": cos, "sin": sin}
     hidden = functions.embed(params.embed_tokens.weight, random_batch(config, 2, 16).tokens)
-    return functions, params, weights, disturbed(hidden)
+    return functions, params, weights, perturbed(hidden)
 
 
 PARTIALS = fn.REFERENCE._replace(
@@ -50,7 +50,7 @@ def test_no_product_with_a_weight_and_no_attention_is_computed_twice(mhc, phi_fo
     assert forward == 7 + phi_forward  # q, k, v, o, gate, up, down
     assert names == ["_scaled_dot_product_flash_attention_for_cpu"]
     _, kept, _ = functions.forward(weights, hidden)
-    backward, attentions, names = operations(functions.backward, weights, hidden, kept, disturbed(hidden))
+    backward, attentions, names = operations(functions.backward, weights, hidden, kept, perturbed(hidden))
     assert backward == 14 + phi_backward  # of each product, the gradients of its two factors
     assert names == ["_scaled_dot_product_flash_attention_for_cpu_backward"]
     assert attentions == [1]
@@ -68,7 +68,7 @@ def test_with_full_recomputation_everything_is_computed_twice_which_the_count_sh
     functions, _, weights, hidden = arguments_of(small_config(mhc_enabled=False), "full")
     _, kept, _ = functions.forward(weights, hidden)
     assert kept == ()
-    count, _, names = operations(functions.backward, weights, hidden, kept, disturbed(hidden))
+    count, _, names = operations(functions.backward, weights, hidden, kept, perturbed(hidden))
     assert count == 14 + 6  # the last product, down, ends the block: its output is not needed
     assert len(names) == 2
 

@@ -8,10 +8,10 @@ from rlm_mhc.config import LoraConfig
 from rlm_mhc.params import Linear
 from rlm_mhc.program import init_train_state, make_train_step
 from rlm_mhc.program.gradients import make_gradients
-from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.program.weight_source import lora_source
 from rlm_mhc.testing import assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double, small_training
+from rlm_mhc.testing.models import double, perturbed, small_training
 from rlm_mhc.tree import tree_leaves, tree_map
 
 CONFIG = small_config()
@@ -71,14 +71,14 @@ def test_the_step_runs_in_any_mode_of_autograd(mode):
 
 def test_adapters_and_their_base_may_require_grad():
     lora = LoraConfig(rank=2)
-    base = disturbed(fn.init(CONFIG))
-    fresh = disturbed(fn.lora_init(base, lora))
+    base = perturbed(fn.init(CONFIG))
+    fresh = perturbed(fn.lora_init(base, lora))
     batch = random_batch(CONFIG, 2, 9)
 
     def grads(change):
         changed = tree_map(change, (base, fresh))
-        parametrization = lora_parametrization(*changed, lora)
-        found = make_gradients(CONFIG, fn.REFERENCE, parametrization=parametrization)
+        weight_source = lora_source(*changed, lora)
+        found = make_gradients(CONFIG, fn.REFERENCE, weight_source=weight_source)
         return found(changed[1], [batch, batch], torch.ones(()))
 
     ours, exact = grads(torch.nn.Parameter), grads(torch.clone)
@@ -93,7 +93,7 @@ def test_gradients_that_are_one_tensor_are_accumulated_apart():
         return fn.linear(params.down_proj, fn.linear(Linear(both), x))
 
     kernels = fn.REFERENCE._replace(swiglu=swiglu)
-    params, batch = double(disturbed(fn.init(CONFIG))), random_batch(CONFIG, 2, 9)
+    params, batch = double(perturbed(fn.init(CONFIG))), random_batch(CONFIG, 2, 9)
     one = torch.ones((), dtype=torch.float64)
     found = make_gradients(CONFIG, kernels)(params, [batch, batch, batch], one)
     once = make_gradients(CONFIG, kernels)(params, [batch], 3 * one)

@@ -8,21 +8,21 @@ from rlm_mhc.config import LoraConfig
 from rlm_mhc.params import cast
 from rlm_mhc.program import make_train_step
 from rlm_mhc.program.gradients import make_gradients
-from rlm_mhc.program.parametrization import lora_parametrization
 from rlm_mhc.program.state import resume_train_state
+from rlm_mhc.program.weight_source import lora_source
 from rlm_mhc.testing import assert_as_accurate, assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double, small_training
+from rlm_mhc.testing.models import double, perturbed, small_training
 from rlm_mhc.tree import named_leaves, size, tree_leaves, tree_map
 
 LORA = LoraConfig(rank=3, alpha=6)
 
 
 def subject(lora=LORA, dtype=torch.float32, **changes):
-    """A config, base weights, adapters that do something, and their parametrization."""
+    """A config, base weights, adapters that do something, and the source of weights made of them."""
     config = small_config(num_layers=5, mhc_sinkhorn_iters=3, **changes)
-    base = tree_map(lambda w: w.to(dtype), disturbed(fn.init(config), 0.05))
-    trained = tree_map(lambda w: w.to(dtype), disturbed(fn.lora_init(base, lora), 0.05))
-    return config, base, trained, lora_parametrization(base, trained, lora)
+    base = tree_map(lambda w: w.to(dtype), perturbed(fn.init(config), 0.05))
+    trained = tree_map(lambda w: w.to(dtype), perturbed(fn.lora_init(base, lora), 0.05))
+    return config, base, trained, lora_source(base, trained, lora)
 
 
 def exact_gradient(base, trained, batch, config, lora):
@@ -33,11 +33,11 @@ def exact_gradient(base, trained, batch, config, lora):
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("preset", ["paper", "deepseek_v4"])
 def test_gradients_are_those_of_the_loss_through_the_merge(remat, reduced, preset):
-    config, base, trained, parametrization = subject(dtype=torch.float64, mhc_preset=preset)
+    config, base, trained, weight_source = subject(dtype=torch.float64, mhc_preset=preset)
     batch = random_batch(config, 4, 9, ignored=0.3)
     halves = [fn.Batch(*part) for part in zip(*(x.split(2) for x in batch), strict=True)]
     reduce = (lambda vector: vector.clone()) if reduced else None
-    gradients = make_gradients(config, fn.REFERENCE, reduce=reduce, remat=remat, parametrization=parametrization)
+    gradients = make_gradients(config, fn.REFERENCE, reduce=reduce, remat=remat, weight_source=weight_source)
     scale = 1 / fn.count_targets(batch.targets).double()
     ours = gradients(trained, halves, scale)
     torch.testing.assert_close(ours.loss, fn.loss(fn.lora_merge(base, trained, LORA.scale), batch, config))
@@ -47,10 +47,10 @@ def test_gradients_are_those_of_the_loss_through_the_merge(remat, reduced, prese
 
 @pytest.mark.parametrize("lora", [LoraConfig(rank=2, targets=["q_proj"], train_mhc=False), LoraConfig(rank=1)])
 def test_reduce_sees_gradients_of_adapters_alone(lora):
-    config, base, trained, parametrization = subject(lora, mhc_enabled=lora.rank != 1)
+    config, base, trained, weight_source = subject(lora, mhc_enabled=lora.rank != 1)
     batch, seen = random_batch(config, 2, 9), []
     gradients = make_gradients(
-        config, fn.REFERENCE, reduce=lambda v: seen.append(v.numel()) or v, parametrization=parametrization
+        config, fn.REFERENCE, reduce=lambda v: seen.append(v.numel()) or v, weight_source=weight_source
     )
     grads = gradients(trained, [batch], torch.tensor(1 / 18)).grads
     assert seen == [size(layer) for layer in reversed(trained.layers)]
@@ -69,7 +69,7 @@ def test_steps_train_adapters_and_leave_the_base(precision):
         config,
         small_training(mixed_precision=precision, scheduler={"warmup_steps": 1}),
         donate=True,
-        parametrization=lora_parametrization(base, trained, LORA),
+        weight_source=lora_source(base, trained, LORA),
     )
     state = resume_train_state(trained, fn.adamw_init(trained), 0)
     batch = random_batch(config, 4, 9)
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_pefts(preset):
     peft = pytest.importorskip("peft")
     from rlm_mhc.model import RLMModel
 
-    config, base, trained, parametrization = subject(mhc_preset=preset)
+    config, base, trained, weight_source = subject(mhc_preset=preset)
     model = RLMModel(config)
     with torch.no_grad():
         tree_map(torch.Tensor.copy_, model.tree(), base)
@@ -117,7 +117,7 @@ def test_loss_and_gradients_are_pefts(preset):
     theirs.double()
     exact = loss_and_gradients()
     batch = fn.Batch(tokens, torch.cat([tokens[:, 1:], torch.full((3, 1), -100)], dim=1))
-    gradients = make_gradients(config, fn.REFERENCE, parametrization=parametrization)
+    gradients = make_gradients(config, fn.REFERENCE, weight_source=weight_source)
     ours = gradients(trained, [batch], 1 / fn.count_targets(batch.targets).float())
     assert_as_accurate(ours.loss, plain[0], exact[0])
     grads = {f"base_model.model.model.{name}": leaf for name, leaf in named_leaves(ours.grads).items()}
@@ -127,9 +127,9 @@ def test_loss_and_gradients_are_pefts(preset):
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_shape_checks")
 def test_the_compiled_step_has_the_same_gradients():
-    config, base, trained, parametrization = subject()
+    config, base, trained, weight_source = subject()
     batch = random_batch(config, 2, 9)
-    gradients = make_gradients(config, fn.REFERENCE, compiled=True, parametrization=parametrization)
+    gradients = make_gradients(config, fn.REFERENCE, compiled=True, weight_source=weight_source)
     for _ in range(2):
         ours = gradients(trained, [batch], torch.tensor(1 / 18)).grads
     plain, exact = (exact_gradient(*trees, batch, config, LORA) for trees in ((base, trained), double((base, trained))))

@@ -9,14 +9,14 @@ from rlm_mhc.program.functions import make_functions
 from rlm_mhc.program.gradients import make_gradients
 from rlm_mhc.stage import Stage, Staged
 from rlm_mhc.testing import assert_as_accurate, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double
+from rlm_mhc.testing.models import double, perturbed
 from rlm_mhc.tree import tree_map
 
 
 def case(device, dtype=torch.float32, **fields):
     """A config, weights and a batch on the device, and on the CPU the gradients in the dtype and in float64."""
     config = small_config(mhc_sinkhorn_iters=2, **fields)
-    params = fn.cast(disturbed(fn.init(config)), config, dtype)
+    params = fn.cast(perturbed(fn.init(config)), config, dtype)
     batch = random_batch(config, 2, 7, ignored=0.3)
     plain, exact = (torch.func.grad(fn.loss)(p, batch, config) for p in (params, double(params)))
     on_device = tree_map(lambda w: w.to(device), params)

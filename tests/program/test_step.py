@@ -3,11 +3,11 @@ import torch
 
 from rlm_mhc import fn
 from rlm_mhc.program import init_train_state, make_train_step
-from rlm_mhc.program.functions import stored_every
+from rlm_mhc.program.functions import checkpoint_interval
 from rlm_mhc.program.head import LOGITS_AT_ONCE, chunk_tokens
 from rlm_mhc.program.precision import LossScale, next_loss_scale
 from rlm_mhc.testing import assert_as_accurate, assert_trees_close, random_batch, small_config
-from rlm_mhc.testing.models import disturbed, double, small_training
+from rlm_mhc.testing.models import double, perturbed, small_training
 from rlm_mhc.tree import tree_leaves, tree_map
 
 METRICS = {"loss", "grad_norm", "lr", "mhc/amax_pre", "mhc/amax_post", "mhc/gain_forward", "mhc/gain_backward"}
@@ -81,7 +81,7 @@ def test_metrics_are_scalars_under_their_names():
 def test_metrics_by_layer_are_those_of_the_reference(preset):
     config = small_config(num_layers=3, mhc_preset=preset, mhc_sinkhorn_iters=2)
     batch = random_batch(config, 4, 9)
-    params = disturbed(fn.init(config, seed=0))
+    params = perturbed(fn.init(config, seed=0))
     state = init_train_state(config, small_training(), device="cpu")._replace(params=params)
     _, metrics = make_train_step(config, small_training())(state, batch)
 
@@ -184,7 +184,7 @@ def test_a_batch_of_another_size_is_refused():
 def test_every_policy_gives_the_gradient_of_keeping_all(remat):
     config = small_config(num_layers=5)
     batch = random_batch(config, 4, 9, ignored=0.3)
-    assert stored_every(config, "mhc") == 2  # so that mhc rebuilds the streams of layers 1 and 3
+    assert checkpoint_interval(config, "mhc") == 2  # so that mhc rebuilds the streams of layers 1 and 3
     plain = gradient(config, small_training(), batch)
     assert_as_accurate(gradient(config, small_training(remat=remat), batch), plain, reference(config, batch))
 
@@ -275,7 +275,7 @@ def test_the_compiled_step_has_the_gradients_of_the_loss(mhc, remat, precision):
     train_config = small_training(compile=True, remat=remat, mixed_precision=precision)
     state = init_train_state(config, train_config, device="cpu")
     step = make_train_step(
-        config, train_config, reduce=lambda g: seen.append(g.clone()) or g, announce=lambda *what: said.append(what)
+        config, train_config, reduce=lambda g: seen.append(g.clone()) or g, on_compile=lambda *what: said.append(what)
     )
     for _ in range(3):
         state, _ = step(state, batch)

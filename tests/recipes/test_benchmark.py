@@ -10,7 +10,7 @@ import torch
 from rlm_mhc import fn
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.kernels.selftest import ARGUMENTS, draw_inputs
-from rlm_mhc.testing import kernel_peers
+from rlm_mhc.testing import kernel_baselines
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -156,20 +156,20 @@ def test_tile_kernels_gets_the_same_problem(tile_kernels, monkeypatch):
         monkeypatch.setitem(sys.modules, parent, SimpleNamespace())
     names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
     settings = Settings(20, 1e-6, 0.0)
-    peer = kernel_peers.tile_kernels(settings)
-    for name in kernel_peers.PEER_OPS["TileKernels"]:
+    peer = kernel_baselines.tile_kernels(settings)
+    for name in kernel_baselines.PEER_OPS["TileKernels"]:
         drawn = draw_inputs(name, 4, 32, 7, torch.bfloat16)
-        error = names["error"](kernel_peers.as_op(name, peer), names["reference"](name, settings), drawn)
+        error = names["error"](kernel_baselines.as_op(name, peer), names["reference"](name, settings), drawn)
         assert error < 2e-2  # their references round to bf16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there, the kernels are compiled")
-@pytest.mark.parametrize("name", kernel_peers.PEER_OPS["Liger-Kernel"])
+@pytest.mark.parametrize("name", kernel_baselines.PEER_OPS["Liger-Kernel"])
 def test_liger_kernel_gets_the_same_problem(name):
     pytest.importorskip("liger_kernel")
     names = runpy.run_path(str(RECIPES / "benchmark_kernels.py"), run_name="recipe")
     settings = Settings(3, 1e-6, 0.0)
-    op = kernel_peers.as_op(name, kernel_peers.liger(settings))
+    op = kernel_baselines.as_op(name, kernel_baselines.liger(settings))
     assert names["error"](op, names["reference"](name, settings), draw_inputs(name, 4, 32, 7, torch.float32)) < 2e-5
 
 

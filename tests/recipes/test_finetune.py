@@ -8,8 +8,9 @@ import torch
 
 from rlm_mhc import fn, load_pretrained, save_pretrained
 from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
+from rlm_mhc.program import make_program
 from rlm_mhc.testing import small_config
-from rlm_mhc.testing.models import disturbed
+from rlm_mhc.testing.models import perturbed
 from rlm_mhc.testing.runs import SMALL_TRAINING, read_metrics
 from rlm_mhc.train.evaluate import evaluate
 from rlm_mhc.train.finetune_config import FinetuneConfig
@@ -29,7 +30,7 @@ def base(tmp_path_factory):
     """A checkpoint with a tokenizer, away from the symmetric start."""
     folder = tmp_path_factory.mktemp("base")
     config = small_config(vocab_size=300, mhc_sinkhorn_iters=5)
-    save_pretrained(folder, disturbed(fn.init(config), 0.02), config)
+    save_pretrained(folder, perturbed(fn.init(config), 0.02), config)
     texts = [" ".join(str(record.values()) for record in RECORDS["text"])]
     train_tokenizer(Source("words", "w", lambda bad: iter(texts)), 290).save_pretrained(folder)
     return folder
@@ -107,12 +108,13 @@ def test_step_zero_is_the_loss_of_the_checkpoint_itself(finetune, base, data, tm
     run = read_config(out / "config.yaml")
     assert isinstance(run, FinetuneConfig)
     prepared = run.data.reader()(run.token_folder, run.tokenizer, run.model.vocab_size)
-    assert read_metrics(out)[0]["eval/loss"] == evaluate(params, run, prepared)
+    loss_sum = make_program(run.model, run.training).loss_sum
+    assert read_metrics(out)[0]["eval/loss"] == evaluate(loss_sum, params, run, prepared)
 
 
 def test_without_data_it_takes_the_built_in_corpus(finetune, base, tmp_path, monkeypatch):
-    few = Source("few", "few", lambda bad: iter(record["text"] for record in RECORDS["text"]))
-    monkeypatch.setattr("rlm_mhc.train.run_config.builtin_source", lambda: few)
+    abbreviate = Source("few", "few", lambda bad: iter(record["text"] for record in RECORDS["text"]))
+    monkeypatch.setattr("rlm_mhc.train.run_config.builtin_source", lambda: abbreviate)
     result = finetune(f"checkpoint={base}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1")
     assert result.code == 0, result.err
     assert "data         few" in result.out

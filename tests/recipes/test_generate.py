@@ -12,9 +12,9 @@ import torch
 
 from rlm_mhc import ModelConfig, fn, load_pretrained, save_pretrained
 from rlm_mhc.data import Source, load_tokenizer, train_tokenizer
-from rlm_mhc.testing.models import disturbed, with_wide_vectors
+from rlm_mhc.testing.models import perturbed, with_wide_vectors
 from rlm_mhc.testing.tokenizers import tokenizer_with_gaps
-from rlm_mhc.train.outlets import Outlet, visible
+from rlm_mhc.train.safe_stream import SafeStream, visible
 from rlm_mhc.train.text import encode, sample_text, text_pieces
 from rlm_mhc.tree import tree_map
 
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
     """A model that has learnt nothing, and a tokenizer in which a character is one token or several."""
     folder = tmp_path_factory.mktemp("checkpoint")
     config = ModelConfig(hidden_dim=32, num_layers=1, num_heads=2, vocab_size=320, max_seq_len=64, mhc_flows=2)
-    save_pretrained(folder, disturbed(fn.init(config), 0.3), config)
+    save_pretrained(folder, perturbed(fn.init(config), 0.3), config)
     documents = ["the list of words grows and the words of the list shrink " * 20]
     train_tokenizer(Source("test", "a", lambda bad: iter(documents)), 300).save_pretrained(folder)
     return folder
@@ -134,7 +134,7 @@ def test_any_sentence_is_a_prompt_as_it_stands(recipe, checkpoint, prompt):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_control_characters_are_escaped_on_a_terminal_and_raw_elsewhere(recipe, checkpoint, monkeypatch, terminal):
-    monkeypatch.setattr(Outlet, "isatty", lambda outlet: terminal)
+    monkeypatch.setattr(SafeStream, "isatty", lambda outlet: terminal)
     prompt = "the\tlist\x1b]0;title\x07\x9b2J"
     result = run(recipe, checkpoint, f"prompt={prompt}", "max_new_tokens=20", "temperature=2", "seed=3")
     assert result.out.startswith("the\tlist\\x1b]0;title\\x07\\x9b2J" if terminal else prompt)
@@ -226,7 +226,7 @@ def test_sampled_text_stays_within_the_models_positions(checkpoint):
     assert text.startswith("the list")
     assert text == sample_text(params, config, tokenizer, "the list", tokens=500)
     assert sample_text(params, config, tokenizer, WORDS * 4) == WORDS * 4
-    assert sample_text(params, config, tokenizer, "the list", turn_ends=range(1, 300)) == "the list"
+    assert sample_text(params, config, tokenizer, "the list", stop_token_ids=range(1, 300)) == "the list"
 
 
 def test_a_checkpoints_tokenizer_is_loaded_without_a_question(checkpoint, capfd):

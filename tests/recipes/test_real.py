@@ -28,7 +28,7 @@ from rlm_mhc.convert import from_llama
 from rlm_mhc.convert.gguf import gguf_tokenizer, load_gguf
 from rlm_mhc.model import RLMModel
 from rlm_mhc.testing import largest_difference
-from rlm_mhc.train import conduct
+from rlm_mhc.train import run_training
 from rlm_mhc.train.text import sample_text
 from rlm_mhc.tree import named_leaves
 
@@ -168,7 +168,7 @@ def test_the_way_back_gives_every_weight_and_the_tokenizer(real, tmp_path):
 
 def test_adapters_learn_an_answer(real, tmp_path, monkeypatch):
     monkeypatch.setattr("rlm_mhc.train.plan.peak_rate", lambda *_: (1e9, "assumed"))
-    monkeypatch.setattr(sys.modules[conduct.__module__], "sample_text", functools.partial(sample_text, tokens=3))
+    monkeypatch.setattr(sys.modules[run_training.__module__], "sample_text", functools.partial(sample_text, tokens=3))
     monkeypatch.setattr("rlm_mhc.train.loop.draw_curves", lambda records, file, title: file.touch())
     talk = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "It is blue, blue, blue."}]
     (tmp_path / "data.jsonl").write_text(4 * (json.dumps({"messages": talk}) + "\n"))

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from rlm_mhc import ModelConfig, TrainConfig, fn
 from rlm_mhc.checkpoint import snapshot
 from rlm_mhc.config import LoraConfig
-from rlm_mhc.program import init_train_state, make_train_step
+from rlm_mhc.program import init_train_state, make_program, make_train_step
 from rlm_mhc.testing import random_batch, small_config
 from rlm_mhc.testing.memory import peak_bytes
 from rlm_mhc.train.evaluate import evaluate
@@ -128,6 +129,7 @@ def test_evaluation_needs_less_than_a_step(monkeypatch):
     run, params = RunConfig(model=config, training=training, data={"max_length": 128}), fn.init(config)
     monkeypatch.setattr("rlm_mhc.train.evaluate.eval_batches", lambda *_: [random_batch(config, 4, 128)])
     held_out = SimpleNamespace(evaluation=SimpleNamespace(total=4))
+    loss_sum = make_program(config, dataclasses.replace(training, compile=False)).loss_sum
     parts = make_plan(config, training, 128, CPU).parts
     planned = sum(parts.values()) - parts["runtime"] - parts["checkpoint"] - 12 * fn.count(config)
-    assert peak_bytes(lambda: evaluate(params, run, held_out), CPU) <= planned
+    assert peak_bytes(lambda: evaluate(loss_sum, params, run, held_out), CPU) <= planned

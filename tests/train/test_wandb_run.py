@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlm_mhc.config import WandbConfig
-from rlm_mhc.train.wandb_run import ID_FILE, report_to, require_wandb, start_wandb
+from rlm_mhc.train.wandb_run import ID_FILE, finished, report_to, require_wandb, start_wandb
 
 KEY = "0123456789" * 4
 RECORD = {"step": 1, "train/loss": 8.1}
@@ -131,3 +131,15 @@ def test_without_a_login_a_run_is_logged_offline_and_continued_under_its_id(tmp_
         run.finish()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert {folder.name.rpartition("-")[2] for folder in folders} == {(tmp_path / ID_FILE).read_text().strip()}
+
+
+def test_a_run_is_finished_as_failed_where_the_training_fails():
+    codes = []
+    run = SimpleNamespace(finish=lambda exit_code=None: codes.append(exit_code))
+    with finished(run):
+        pass
+    with pytest.raises(KeyboardInterrupt), finished(run):
+        raise KeyboardInterrupt
+    with finished(None):
+        pass
+    assert codes == [None, 1]

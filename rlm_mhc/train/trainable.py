@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from rlm_mhc.checkpoint.adapter import load_adapter, save_adapter
 from rlm_mhc.fn import LMParams, cast, lora_init, lora_merge
 from rlm_mhc.parallel import checksum
-from rlm_mhc.program.parametrization import Parametrization, lora_parametrization
 from rlm_mhc.program.precision import COMPUTE_DTYPE
+from rlm_mhc.program.weight_source import WeightSource, lora_source
 from rlm_mhc.train.finetune_config import FinetuneConfig
 from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.tree import tree_map
@@ -17,18 +17,18 @@ from rlm_mhc.tree import tree_map
 ADAPTER_FOLDER = "adapter"
 
 
-class Method(NamedTuple):
+class Trainable(NamedTuple):
     """`begin(params)`: what is trained, of a model before any update; `read(folder, params)`: the same, of a checkpoint
     with the model `params`; `write(folder, trained)`: what a checkpoint holds of it beside the model;
     `model_of(trained)`: the model's tree, to run and to save; `facts`: what a run that goes on must have in common
-    with its checkpoint, as JSON values; `parametrization`: of the step."""
+    with its checkpoint, as JSON values; `weight_source`: of the step."""
 
     begin: Callable[[LMParams], Any]
     read: Callable[[Path, LMParams], Any]
     write: Callable[[Path, Any], object]
     model_of: Callable[[Any], LMParams]
     facts: dict[str, Any]
-    parametrization: Parametrization | None = None
+    weight_source: WeightSource | None = None
 
 
 def _masters(params: LMParams) -> LMParams:
@@ -36,7 +36,7 @@ def _masters(params: LMParams) -> LMParams:
 
 
 # All weights, in fp32.
-FULL = Method(
+FULL = Trainable(
     begin=_masters,
     read=lambda folder, params: _masters(params),
     write=lambda folder, trained: None,
@@ -45,14 +45,14 @@ FULL = Method(
 )
 
 
-def method_of(run: RunConfig, base: Callable[[], LMParams]) -> Method:
+def trainable_of(run: RunConfig, base: Callable[[], LMParams]) -> Trainable:
     """That of a run; `base()` reads the weights that fine-tuning starts from."""
     if not isinstance(run, FinetuneConfig) or run.adapters is None:
         return FULL
-    return lora_method(run, base())
+    return lora_trainable(run, base())
 
 
-def lora_method(run: FinetuneConfig, weights: LMParams) -> Method:
+def lora_trainable(run: FinetuneConfig, weights: LMParams) -> Trainable:
     """Adapters in fp32 to weights that stay as they are, in the dtype that the model is run with.
 
     A checkpoint holds the merged model, so that it is one as any other, and the adapters as peft has them.
@@ -65,30 +65,30 @@ def lora_method(run: FinetuneConfig, weights: LMParams) -> Method:
         # A copy that is to be saved may lie on the CPU.
         return lora_merge(base, tree_map(lambda leaf: leaf.to(device), trained), lora.scale)
 
-    return Method(
+    return Trainable(
         begin=lambda params: fresh,
         read=lambda folder, params: load_adapter(folder / ADAPTER_FOLDER, fresh, device),
         write=lambda folder, trained: save_adapter(folder / ADAPTER_FOLDER, trained, lora, run.checkpoint),
         model_of=model_of,
         facts={"base": checksum(weights), "lora": {**dataclasses.asdict(lora), "targets": list(lora.targets)}},
-        parametrization=lora_parametrization(base, fresh, lora),
+        weight_source=lora_source(base, fresh, lora),
     )
 
 
-def require_same(method: Method, saved: dict[str, Any], checkpoint: Path) -> None:
+def require_same(trainable: Trainable, saved: dict[str, Any], checkpoint: Path) -> None:
     """Refuse to go on from a checkpoint of other adapters, of adapters to other weights, or of none.
 
     Raises:
         ValueError: saying which.
     """
-    before, now = (facts.get("lora", {"rank": 0}) for facts in (saved, method.facts))
+    before, now = (facts.get("lora", {"rank": 0}) for facts in (saved, trainable.facts))
     for name, value in before.items():
         if value != now.get(name, value):
             raise ValueError(
                 f"{checkpoint}: it was trained with lora.{name}={value}, and this run has {now[name]}; give the same, "
                 "or start another from it with checkpoint=… and another output_dir"
             )
-    if saved.get("base") != method.facts.get("base"):
+    if saved.get("base") != trainable.facts.get("base"):
         raise ValueError(
             f"{checkpoint}: its adapters are to other weights than those that checkpoint= names now (their checksum "
             "differs); give the folder that it was started from"

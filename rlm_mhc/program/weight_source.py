@@ -12,7 +12,7 @@ from rlm_mhc.params import Layer, LMParams
 from rlm_mhc.tree import tree_map
 
 
-class Parametrization(NamedTuple):
+class WeightSource(NamedTuple):
     """How a model's weights come from what is trained, a tree with the fields `layers` and `head_mhc`, and how
     gradients go back.
 
@@ -28,10 +28,10 @@ class Parametrization(NamedTuple):
     decay: Any
 
 
-def lora_parametrization(base: LMParams, example: LoraParams, lora: LoraConfig) -> Parametrization:
+def lora_source(base: LMParams, example: LoraParams, lora: LoraConfig) -> WeightSource:
     """Adapters like `example` to weights that stay as they are, in the dtypes that the model is run with."""
     base, scale = tree_map(constant, base), lora.scale
-    return Parametrization(
+    return WeightSource(
         top=lambda trained: base._replace(layers=(), head_mhc=trained.head_mhc or base.head_mhc),
         layer=lambda trained, index: lora_merge_layer(base.layers[index], trained.layers[index], scale),
         pull=lambda trained, index, grads: lora_pull_layer(trained.layers[index], grads, scale),

@@ -1,4 +1,4 @@
-"""Segments of a text as tokens: a border between two segments is one between tokens."""
+"""Spans of a text as tokens: a border between two spans is one between tokens."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,30 +11,30 @@ NEUTRAL = ("\n", "=", "")
 
 
 def segment_ids(texts: list[list[str]], tokenizer: Any, *, special: bool) -> Iterator[list[list[int]]]:
-    """Of each text, given in segments, the ids of every segment.
+    """Of each text, given in spans, the ids of every span.
 
-    The first segment has the ids that it has by itself, which are those that generation begins with where it is the
-    prompt. Every other has the ids by which it lengthens those of the segment before it: by itself it would begin as a
+    The first span has the ids that it has by itself, which are those that generation begins with where it is the
+    prompt. Every other has the ids by which it lengthens those of the span before it: by itself it would begin as a
     text does, in some tokenizers with a space that is not there. Where a token would join the two, as `" yes"` does
-    `"a: "` and `"yes"`, the segment before keeps the ids that it ends with, and this one has those that it has behind
+    `"a: "` and `"yes"`, the span before keeps the ids that it ends with, and this one has those that it has behind
     a line break.
 
     Args:
-        texts: at least one segment each, none of them empty.
+        texts: at least one span each, none of them empty.
         tokenizer: theirs.
         special: whether a special token that is spelled is meant, not its letters.
     """
-    wanted = {segments[0] for segments in texts}
-    for before, segment in (pair for segments in texts for pair in pairwise(segments)):
-        wanted |= {before, before + segment}
+    wanted = {spans[0] for spans in texts}
+    for before, span in (pair for spans in texts for pair in pairwise(spans)):
+        wanted |= {before, before + span}
     known = dict(zip(wanted, token_ids(list(wanted), tokenizer, special=special), strict=True))
 
-    def behind(before: str, segment: str) -> list[int]:
-        added = _added(known[before], known[before + segment])
-        return behind_neutral(segment) if added is None else added
+    def behind(before: str, span: str) -> list[int]:
+        added = _added(known[before], known[before + span])
+        return behind_neutral(span) if added is None else added
 
-    def behind_neutral(segment: str) -> list[int]:
-        pairs = (token_ids([text, text + segment], tokenizer, special=special) for text in NEUTRAL)
+    def behind_neutral(span: str) -> list[int]:
+        pairs = (token_ids([text, text + span], tokenizer, special=special) for text in NEUTRAL)
         return next(added for before, joined in pairs if (added := _added(before, joined)) is not None)
 
     for first, *others in texts:

@@ -1,11 +1,11 @@
-"""Segments are tokenized as the parts of one text, with a border between tokens at each of theirs."""
+"""Spans are tokenized as the parts of one text, with a border between tokens at each of theirs."""
 
 from itertools import chain
 
 import pytest
 
 from rlm_mhc.data import Source, train_tokenizer
-from rlm_mhc.data.segments import segment_ids
+from rlm_mhc.data.spans import segment_ids
 from rlm_mhc.testing.tokenizers import llama_tokenizer
 
 WORDS = ["1+1=", "2", "[INST]", "hello", "yes", "[/INST]", "Answer:", "no", "world", "\n\n"]
@@ -34,7 +34,7 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def segments(tokenizer, *texts):
+def spans(tokenizer, *texts):
     return next(segment_ids([list(texts)], tokenizer, special=True))
 
 
@@ -42,7 +42,7 @@ def segments(tokenizer, *texts):
 def test_a_text_cut_between_its_tokens_keeps_them(kind):
     tokenizer = KINDS[kind]()
     for texts in (["1+1=", "2"], ["Answer:", " yes", " no"], CHAT):
-        assert list(chain(*segments(tokenizer, *texts))) == ids_of(tokenizer, "".join(texts))
+        assert list(chain(*spans(tokenizer, *texts))) == ids_of(tokenizer, "".join(texts))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +51,7 @@ def test_a_text_cut_between_its_tokens_keeps_them(kind):
 )
 def test_a_prompt_has_the_tokens_that_generation_begins_with(kind, prompt, completion):
     tokenizer = KINDS[kind]()
-    first, second = segments(tokenizer, prompt, completion)
+    first, second = spans(tokenizer, prompt, completion)
     assert first == ids_of(tokenizer, prompt)
     assert tokenizer.decode(first + second) == prompt + completion
 
@@ -60,6 +60,6 @@ def test_a_token_across_a_border_gives_way():
     for tokenizer, name in ((llama(), "▁yes"), (byte_level(), "Ġyes")):
         joined = tokenizer.convert_ids_to_tokens(ids_of(tokenizer, "Answer: yes"))
         assert joined[-1] == name
-        first, second = segments(tokenizer, "Answer: ", "yes")
+        first, second = spans(tokenizer, "Answer: ", "yes")
         assert tokenizer.convert_ids_to_tokens(first)[-1] == name[0]
         assert "".join(tokenizer.convert_ids_to_tokens(second)) == "yes"

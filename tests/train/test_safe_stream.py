@@ -9,7 +9,7 @@ import warnings
 import pytest
 from tqdm import tqdm
 
-from rlm_mhc.train.outlets import Outlet, install_outlets, visible
+from rlm_mhc.train.safe_stream import SafeStream, install_safe_streams, visible
 
 TEXT = "compiling 1/6: head … → 数学 \udcff Ünïcödé"
 
@@ -22,7 +22,7 @@ def stream(encoding, errors="strict"):
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "utf-8", "utf-16", "cp932"])
 def test_what_an_encoding_lacks_is_escaped_and_the_rest_is_as_it_was(encoding, errors):
     under = stream(encoding, errors)
-    assert Outlet(under).write(TEXT) == len(TEXT)
+    assert SafeStream(under).write(TEXT) == len(TEXT)
     written = under.buffer.getvalue().decode(encoding, "replace")
     assert written.startswith("compiling 1/6: head ")
     if errors == "strict":
@@ -44,7 +44,7 @@ def closed():
 
 @pytest.mark.parametrize("under", [Broken, closed])
 def test_a_file_that_is_closed_full_or_without_a_reader_is_written_to_in_vain(under):
-    outlet = Outlet(under())
+    outlet = SafeStream(under())
     assert outlet.write("a") == 1
     outlet.flush()
     assert not outlet.isatty()
@@ -57,7 +57,7 @@ def test_bars_warnings_and_logs_end_nothing_either(monkeypatch, make):
     monkeypatch.setattr(sys, "stdout", under)
     monkeypatch.setattr(sys, "stderr", under)
     handler = logging.StreamHandler(under)  # as libraries make theirs, before a recipe starts
-    install_outlets()
+    install_safe_streams()
     record = logging.LogRecord("a", logging.ERROR, __file__, 1, TEXT, (), None)
     print(TEXT, flush=True)
     with tqdm(total=1, desc=TEXT) as bar:
@@ -74,12 +74,12 @@ def test_bars_warnings_and_logs_end_nothing_either(monkeypatch, make):
         assert written.count(r"\u2026 \u2192 \u6570\u5b66 \udcff \xdcn\xefc\xf6d\xe9") >= 6
 
 
-def test_outlets_are_installed_once_and_a_missing_stream_becomes_the_null_device(monkeypatch):
+def test_safe_streams_are_installed_once_and_a_missing_stream_becomes_the_null_device(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", stream("utf-8"))
-    install_outlets()
+    install_safe_streams()
     first = sys.stdout, sys.stderr
-    install_outlets()
+    install_safe_streams()
     assert (sys.stdout, sys.stderr) == first
     assert sys.stdout.stream.name == os.devnull
 

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Outlet:
+class SafeStream:
     """A text stream that escapes what its encoding lacks, and drops what it cannot write; otherwise that stream."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -40,8 +40,8 @@ class Outlet:
         return getattr(self.stream, name)
 
 
-def install_outlets() -> None:
-    """Let `print`, bars, warnings and tracebacks of this process go through an `Outlet`, to its end.
+def install_safe_streams() -> None:
+    """Let `print`, bars, warnings and tracebacks of this process go through an `SafeStream`, to its end.
 
     A stream that the process was started without (`2>&-`) becomes the null device.
     """
@@ -49,8 +49,8 @@ def install_outlets() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        if not isinstance(stream, Outlet):
-            setattr(sys, name, Outlet(stream))
+        if not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream))
             _escape(stream)
 
 

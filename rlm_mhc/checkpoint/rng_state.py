@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-def generator_states() -> dict[str, Any]:
+def rng_states() -> dict[str, Any]:
     """Those of Python, numpy, torch and, where there is one, this process's CUDA device."""
     kind, key, *rest = np.random.get_state()
     states = {
@@ -27,12 +27,12 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed % (1 << 63))
 
 
-def restore_generators(states: dict[str, Any]) -> None:
-    """Put all generators where `generator_states` found them.
+def restore_rng_states(states: dict[str, Any]) -> None:
+    """Put all generators where `rng_states` found them.
 
-    >>> states = generator_states()
+    >>> states = rng_states()
     >>> first = torch.rand(()), random.random(), np.random.rand()
-    >>> restore_generators(states)
+    >>> restore_rng_states(states)
     >>> first == (torch.rand(()), random.random(), np.random.rand())
     True
     """
