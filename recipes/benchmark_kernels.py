@@ -153,14 +153,14 @@ def measure(run: KernelsConfig, name: str, n: int, c: int, tokens: int, device: 
     settings, dtype = Settings(run.iterations, 1e-6, 0.0), DTYPE[run.dtype]
     drawn = draw(n, c, tokens, dtype, torch.Generator(device).manual_seed(0))
     inputs = {key: drawn.pop(key) for key in ARGUMENTS[name]}
-    abbreviate = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
+    few = {key: x[:TOKENS_TO_COMPARE] if key in PER_TOKEN else x for key, x in inputs.items()}
     calls = 1 if run.smoke else CALLS
     found, missing = candidates(name, n, c, settings, run.smoke)
     left_out = dict(missing)
     ready, errors = {}, {}
     for who, op in found.items():
         try:
-            errors[who] = error(op, reference(name, settings), abbreviate)
+            errors[who] = error(op, reference(name, settings), few)
             both = halves(op, inputs, calls)
             for half in both:
                 half()

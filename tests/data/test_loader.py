@@ -50,8 +50,8 @@ def test_evaluation_is_the_same_every_time_and_spread_out():
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, second, strict=True))
     starts = torch.cat([b.tokens[:, 0] for b in first])
     assert (len(starts), starts[0], starts[-1]) == (12, 0, 396)
-    abbreviate = list(eval_batches(windows(np.arange(9), 4), 3, 4))
-    assert sum(len(b.tokens) for b in abbreviate) == 2
+    few = list(eval_batches(windows(np.arange(9), 4), 3, 4))
+    assert sum(len(b.tokens) for b in few) == 2
 
 
 def test_nothing_to_predict_is_refused():

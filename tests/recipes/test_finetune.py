@@ -113,8 +113,8 @@ def test_step_zero_is_the_loss_of_the_checkpoint_itself(finetune, base, data, tm
 
 
 def test_without_data_it_takes_the_built_in_corpus(finetune, base, tmp_path, monkeypatch):
-    abbreviate = Source("few", "few", lambda bad: iter(record["text"] for record in RECORDS["text"]))
-    monkeypatch.setattr("rlm_mhc.train.run_config.builtin_source", lambda: abbreviate)
+    few = Source("few", "few", lambda bad: iter(record["text"] for record in RECORDS["text"]))
+    monkeypatch.setattr("rlm_mhc.train.run_config.builtin_source", lambda: few)
     result = finetune(f"checkpoint={base}", f"output_dir={tmp_path / 'run'}", "training.max_steps=1")
     assert result.code == 0, result.err
     assert "data         few" in result.out
