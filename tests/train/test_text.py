@@ -1,5 +1,6 @@
 """A prompt as a model reads it."""
 
+import pytest
 import torch
 
 from rlm_mhc import fn
@@ -34,3 +35,8 @@ def test_end_of_text_beyond_a_gap_of_the_ids_is_drawn_and_ends_the_text():
     params = params._replace(lm_head=params.lm_head._replace(weight=head))
     assert sample_text(params, config, gaps, "hello", tokens=1, top_k=1) == "hello"
     assert sample_text(params, config, tokenizer, "hello", tokens=1, top_k=1) == "hello!"
+
+
+def test_a_prompt_that_is_no_text_is_named():
+    with pytest.raises(ValueError, match=r"prompt='x\\udcff': it has bytes that are no text"):
+        encode(None, "x\udcff")
