@@ -130,5 +130,5 @@ def test_a_decoder_whose_first_weights_share_tensors_equals_the_uncompiled_one(m
     params, token = perturbed(fn.init(config)), torch.tensor([1, 2])
     run, plain = make_decoder(config), make_decoder(config, compiled=False)
     for weights in (shared_norms(params), params):
-        logits = [d.step(weights, token, config, fn.init_cache(config, 2, 8))[0] for d in (run, plain)]
+        logits = [d.extend(weights, token.unsqueeze(-1), config, fn.init_cache(config, 2, 8))[0] for d in (run, plain)]
         torch.testing.assert_close(*logits)
