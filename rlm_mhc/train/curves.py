@@ -1,7 +1,9 @@
 """A run's metrics as one picture."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ PANELS = (
 def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") -> None:
     """Loss, learning rate, gradient norm and gains over steps, written to a PNG that replaces the former one; with
     mHC also the backward gain of each layer over steps."""
-    from matplotlib.figure import Figure
+    with _without_backend():
+        from matplotlib.figure import Figure
 
     layered = [(r["step"], r["mhc/layers"]["gain_backward"]) for r in records if "mhc/layers" in r]
     figure = Figure(figsize=(16 if layered else 11, 7), layout="constrained")
@@ -42,6 +45,18 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") 
     if layered:
         _draw_layers(figure, figure.add_subplot(grid[:, 2]), layered)
     save_figure(figure, file, title)
+
+
+@contextlib.contextmanager
+def _without_backend() -> Iterator[None]:
+    """Import matplotlib without `MPLBACKEND`: files need no backend, and it refuses one that is not installed, such as
+    that of a notebook."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 def label_axes(axes: Any, title: str, label: str) -> None:

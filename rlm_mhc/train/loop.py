@@ -26,6 +26,7 @@ from rlm_mhc.train.run_config import RunConfig
 from rlm_mhc.train.save import Saver
 from rlm_mhc.train.signals import Request, Signals
 from rlm_mhc.train.start import Start
+from rlm_mhc.validation import in_short
 
 SECONDS_BETWEEN_PICTURES = 15.0
 
@@ -149,11 +150,11 @@ class _Session:
         return due
 
     def draw(self) -> None:
-        """Draw, where the disk lets us."""
+        """Draw, where disk and matplotlib allow it."""
         try:
             draw_curves(self.log.records, self.picture, self.title)
-        except OSError as error:
-            tqdm.write(f"{self.picture} could not be written: {error}; the training goes on")
+        except Exception as error:
+            tqdm.write(f"{self.picture} could not be written: {in_short(error)}; the training goes on")
         self.drawn = time.monotonic()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from rlm_mhc.config import WandbConfig
 from rlm_mhc.disk import replace_file
+from rlm_mhc.validation import in_short
 
 # In `output_dir`: the id of the wandb run that resume=auto continues.
 ID_FILE = "wandb_run_id"
@@ -68,8 +69,8 @@ def start_wandb(config: WandbConfig, folder: Path, run: dict[str, Any], *, resum
                 resume="allow" if known and attempt == "online" else None,
                 settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS, silent=True),
             )
-        except wandb.errors.Error as error:
-            _say_offline(str(error).splitlines()[0], folder)
+        except (wandb.errors.Error, OSError) as error:
+            _say_offline((str(error).splitlines() or [in_short(error)])[0], folder)
         else:
             _write_id(folder, wandb_run.id)
             return wandb_run
@@ -80,7 +81,23 @@ def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
     """A function that logs a record under its own step to a wandb run, or nowhere for None."""
     if wandb_run is None:
         return lambda record: None
-    return lambda record: wandb_run.log(record, step=record["step"])
+    failed: list[bool] = []
+
+    def report(record: dict[str, Any]) -> None:
+        if not failed:
+            failed.extend(_failure(lambda: wandb_run.log(record, step=record["step"])))
+
+    return report
+
+
+def _failure(call: Callable[[], object]) -> list[bool]:
+    """Return an empty list, or [True] after a message: wandb works through a process of its own, which may die."""
+    try:
+        call()
+    except Exception as error:
+        print(f"wandb        {in_short(error)}; it gets no more records, and the training goes on", flush=True)
+        return [True]
+    return []
 
 
 @contextlib.contextmanager
@@ -90,10 +107,10 @@ def finished(wandb_run: Any) -> Iterator[None]:
         yield
     except BaseException:
         if wandb_run:
-            wandb_run.finish(exit_code=1)
+            _failure(lambda: wandb_run.finish(exit_code=1))
         raise
     if wandb_run:
-        wandb_run.finish()
+        _failure(wandb_run.finish)
 
 
 def _mode() -> str:

@@ -143,3 +143,21 @@ def test_a_run_is_finished_as_failed_where_the_training_fails():
     with finished(None):
         pass
     assert codes == [None, 1]
+
+
+def test_the_death_of_wandbs_process_ends_no_training(capsys):
+    calls = []
+
+    def broken(*args, **options):
+        calls.append(args)
+        raise ConnectionResetError("Connection lost")
+
+    run = SimpleNamespace(log=broken, finish=broken)
+    report = report_to(run)
+    with finished(run):
+        report(RECORD)
+        report(RECORD)
+    assert len(calls) == 2  # one record, and the end
+    assert "ConnectionResetError: Connection lost" in capsys.readouterr().out
+    with pytest.raises(KeyboardInterrupt), finished(run):
+        raise KeyboardInterrupt
