@@ -22,7 +22,7 @@ from rlm_mhc.data import Position, Prepared, builtin_source, jsonl_source, next_
 from rlm_mhc.program import Program, TrainState, init_train_state, make_program
 from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.train import DataConfig, RunConfig, command, pick_device
-from rlm_mhc.train.curves import label_axes, save_figure
+from rlm_mhc.train.curves import label_axes, new_figure, save_figure
 from rlm_mhc.train.device import check_compiler
 from rlm_mhc.train.evaluate import evaluate
 from rlm_mhc.validation import at_least, check, location, one_of, positive
@@ -248,9 +248,7 @@ def smoothed(run: StabilityConfig, runs: Sequence[Run], name: str) -> np.ma.Mask
 def draw_losses(run: StabilityConfig, runs: Sequence[Run], file: Path, title: str) -> None:
     """Training loss by variant, and its difference to the plain residual's from the same seed: mean over seeds, and
     from the smallest to the largest."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure = new_figure(12, 4.8)
     plain = smoothed(run, runs, "residual")
     panels = ("training loss", "nats per token", 0.0), ("difference to residual, same seed", "nats per token", plain)
     for axes, (name, label, minus) in zip(figure.subplots(1, 2), panels, strict=True):
@@ -278,15 +276,14 @@ def limit_to(axes: Any, values: np.ndarray) -> None:
 def draw_gains(runs: Sequence[Run], file: Path, title: str) -> None:
     """The backward gain from each sub-layer over steps, by variant, the geometric mean over seeds, in one scale that
     makes small gains look alike: a white line marks where they pass 2."""
+    figure = new_figure(13, 4.8)
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     names = [name for name in VARIANTS if name != "residual"]
     grids = {name: mean_gains([r for r in runs if r.variant == name]) for name in names}
     every = np.concatenate([gains.ravel() for _, gains in grids.values()])
     # Without the floor, the rounding of exact gains would fill the scale.
     norm = LogNorm(vmin=min(1.0, every.min()), vmax=max(MARKED_GAIN, every.max()))
-    figure = Figure(figsize=(13, 4.8), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True)
     for axes, (name, (steps, gains)) in zip(panels, grids.items(), strict=True):
         mesh = axes.pcolormesh(steps, np.arange(len(gains)), gains, norm=norm, cmap="viridis", shading="nearest")

@@ -24,7 +24,7 @@ from rlm_mhc.disk import text_lines
 from rlm_mhc.testing.baselines import llama
 from rlm_mhc.testing.measure import provenance, write_result
 from rlm_mhc.train import command
-from rlm_mhc.train.curves import label_axes, save_figure
+from rlm_mhc.train.curves import label_axes, new_figure, save_figure
 from rlm_mhc.validation import at_least, check, location, positive
 
 FINETUNE = Path(__file__).with_name("finetune.py")
@@ -155,9 +155,7 @@ def report(run: UpcyclingConfig, curves: dict[str, list[dict[str, float]]]) -> d
 
 def draw(result: dict[str, Any], file: Path) -> None:
     """Training loss of both over steps, with the held-out loss before and after."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     names = {"llama": "transformers' Llama", "mhc": "upcycled to mHC"}
     for name, losses in result["training_loss"].items():

@@ -11,11 +11,11 @@ NEUTRAL = ("\n", "=", "")
 
 
 def segment_ids(texts: list[list[str]], tokenizer: Any, *, special: bool) -> Iterator[list[list[int]]]:
-    """Of each text, given in spans, the ids of every span.
+    """Yield for each text, given in spans, the ids of every span.
 
-    The first span has the ids that it has by itself, which are those that generation begins with where it is the
-    prompt. Every other has the ids by which it lengthens those of the span before it: by itself it would begin as a
-    text does, in some tokenizers with a space that is not there. Where a token would join the two, as `" yes"` does
+    The first span is tokenized by itself, as generation tokenizes it where it is the prompt. Every other span adds ids
+    to the ids of the span before it: tokenized by itself it would begin as a text does, in some tokenizers with a space
+    that is not there. Where a token would join the two, as `" yes"` does
     `"a: "` and `"yes"`, the span before keeps the ids that it ends with, and this one has those that it has behind
     a line break.
 

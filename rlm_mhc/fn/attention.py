@@ -95,7 +95,7 @@ def masked_attention(
     """
     group = q.shape[-3] // k.shape[-3]
     grouped = rearrange(q, "... (kv group) s d -> ... kv (group s) d", group=group)
-    mask = mask.repeat(*(1,) * (mask.dim() - 2), group, 1).unsqueeze(-3)
+    mask = mask.unsqueeze(-3).expand(*mask.shape[:-2], group, *mask.shape[-2:]).flatten(-3, -2).unsqueeze(-3)
     with sdpa_kernel(SDPBackend.MATH) if in_forward_mode() else nullcontext():
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     return rearrange(out, "... kv (group s) d -> ... (kv group) s d", group=group)

@@ -108,7 +108,7 @@ def hyper_connection(
     early, returns the state after it, with `has_aux` a pair of it and `aux`; then there is no `res`.
 
     Args:
-        params: the weights, or a function in their stead.
+        params: the weights, or a function that replaces them.
         hidden: the state before the sub-layer.
         branch: `[*b, c] -> [*b, c]`; with `has_aux` it returns `(output, aux)`.
         config: the model's shape.

@@ -11,7 +11,7 @@ another layout gives wrong numbers, another size reads out of bounds.
 | Triton kernels | `require_shape` | contiguous from a multiple of 16 bytes on: `aligned`, `flat` |
 | `embedding_dense_backward` | rows in fp32 or wider, since it sums in their dtype | contiguous: `packed` |
 | norm of one leaf (`clip`) | any | contiguous, summed by blocks: `packed` |
-| cache written in place (`donate=True`) | those of `init_cache` | not shared: `overlap` |
+| cache written in place (`donate=True`) | as `init_cache` makes them | not shared: `overlap` |
 | `foreach` in place | of one list, made by one function | not shared: `unshared` |
 """
 

@@ -10,8 +10,10 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn.mhc import mhc_aggregate, mhc_combine, mhc_mappings
 from rlm_mhc.fn.norm import rms_norm
 from rlm_mhc.kernels import stages
+from rlm_mhc.kernels.launch import require_triton
 from rlm_mhc.kernels.mix_pre import Settings
 from rlm_mhc.params import MHCParams
+from rlm_mhc.validation import in_short
 from rlm_mhc.variants import PRESETS
 
 COMBINE, GIVEN, WEIGHTS = ("output", "post", "res"), ("given",), ("phi", "alpha", "bias", "weight")
@@ -154,3 +156,14 @@ def self_test(
         if not found[worst] <= LARGEST_ERROR[dtype]:
             return f"{name}: {worst} is off by {found[worst]:.1e} of its largest entry"
     return None
+
+
+def self_test_failure(
+    device: torch.device, dtype: torch.dtype, settings: Settings, model: ModelConfig | None = None
+) -> str | None:
+    """Return what `self_test` finds wrong, or what it raises, in one line; None where the ops are right."""
+    try:
+        require_triton(device)
+        return self_test(device, dtype, settings, model)
+    except Exception as error:
+        return in_short(error)

@@ -1,6 +1,8 @@
 """The kernels that mix the streams of a model of transformers: `from_pretrained(…, kernels="auto")`."""
 
+import functools
 import warnings
+from typing import Any
 
 import torch
 
@@ -8,7 +10,6 @@ from rlm_mhc.config import ModelConfig
 from rlm_mhc.fn import REFERENCE, Kernels
 from rlm_mhc.kernels.launch import require_triton
 from rlm_mhc.kernels.mixing import TRITON, refusal, settings_of
-from rlm_mhc.validation import in_short
 
 
 def kernels_for(name: str, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -36,36 +37,31 @@ def kernels_for(name: str, shape: ModelConfig, device: torch.device, dtype: torc
         require_triton(device)
         return TRITON
     sizes = (shape.mhc_flows, shape.hidden_dim, shape.mhc_sinkhorn_iters, shape.norm_eps)
-    serves = refusal(shape) is None and _pass(*sizes, shape.mhc_preset, device, dtype)
+    serves = refusal(shape) is None and _are_right(*sizes, shape.mhc_preset, device, dtype)
     return TRITON if serves else REFERENCE
 
 
-_PASSED: dict[tuple[object, ...], bool] = {}
-
-
 @torch.compiler.assume_constant_result
-def _pass(
+def _are_right(*sizes: Any) -> bool:
+    return _test_once(*sizes)
+
+
+@functools.cache
+def _test_once(
     flows: int, width: int, iterations: int, eps: float, preset: str, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Return whether the Triton kernels pass their self-test, which runs once in a process."""
-    from rlm_mhc.kernels.selftest import self_test
+    """Return whether the Triton kernels pass their self-test; warn where not."""
+    from rlm_mhc.kernels.selftest import self_test_failure
 
-    key = (flows, width, iterations, eps, preset, device, dtype)
-    if key not in _PASSED:
-        try:
-            require_triton(device)
-            shape = ModelConfig(
-                hidden_dim=width,
-                num_heads=1,
-                mhc_flows=flows,
-                mhc_sinkhorn_iters=iterations,
-                mhc_preset=preset,
-                norm_eps=eps,
-            )
-            failure = self_test(device, dtype, settings_of(shape), shape)
-        except Exception as error:  # whatever is raised, the reference runs
-            failure = in_short(error)
-        if failure:
-            warnings.warn(f"the Triton kernels fail their self-test, the reference mixes: {failure}", stacklevel=2)
-        _PASSED[key] = failure is None
-    return _PASSED[key]
+    shape = ModelConfig(
+        hidden_dim=width,
+        num_heads=1,
+        mhc_flows=flows,
+        mhc_sinkhorn_iters=iterations,
+        mhc_preset=preset,
+        norm_eps=eps,
+    )
+    failure = self_test_failure(device, dtype, settings_of(shape), shape)
+    if failure:
+        warnings.warn(f"the Triton kernels fail their self-test, the reference mixes: {failure}", stacklevel=2)
+    return failure is None

@@ -115,7 +115,7 @@ def make_gradients(
 
     With `reduce` the gradient of a layer, summed over the microbatches, is one flat vector, and `reduce(vector)` is
     called while the layers before are still in backward, and for the rest at the end; it returns a vector, or a
-    handle whose `wait()` does. `functions` are those of `shared_functions`; None: its own, with these `options`.
+    handle whose `wait()` does. `functions` come from `shared_functions`; None: make them with these `options`.
     """
     flat, period = reduce is not None, checkpoint_interval(config, remat)
     if functions is None:

@@ -17,7 +17,6 @@ from rlm_mhc.params import LMParams, cast, decay_mask
 from rlm_mhc.program.functions import OnCompile
 from rlm_mhc.program.gradients import (
     Reduce,
-    ShapedFunctions,
     make_gradients,
     make_loss_sum,
     shared_functions,
@@ -39,37 +38,6 @@ class Program(NamedTuple):
     loss_sum: Callable[[LMParams, Batch], Tensor]
 
 
-def make_program(config: ModelConfig, train_config: TrainConfig, *, evaluates: bool = True, **options: Any) -> Program:
-    """Return the training step and the evaluation of a model, which share what they compile.
-
-    Args:
-        config: the model.
-        train_config: its training.
-        evaluates: whether `loss_sum` is to be counted among the functions that `on_compile` is told of.
-        **options: of `make_train_step`.
-
-    >>> from rlm_mhc import fn
-    >>> config = ModelConfig.preset("tiny")
-    >>> program = make_program(config, TrainConfig(compile=False))
-    >>> tokens = torch.randint(4096, (2, 9))
-    >>> program.loss_sum(fn.init(config), fn.Batch(tokens[:, :-1], tokens[:, 1:])).shape
-    torch.Size([])
-    """
-    weight_source, reduce = options.get("weight_source"), options.get("reduce")
-    functions = shared_functions(
-        config,
-        options.get("kernels", REFERENCE),
-        flat=reduce is not None,
-        remat=train_config.remat_policy(config),
-        compiled=train_config.compile,
-        on_compile=options.get("on_compile"),
-        weight_source=weight_source,
-        evaluates=evaluates,
-    )
-    step = make_train_step(config, train_config, functions=functions, **options)
-    return Program(step, make_loss_sum(config, functions))
-
-
 def make_train_step(
     config: ModelConfig,
     train_config: TrainConfig,
@@ -79,7 +47,6 @@ def make_train_step(
     donate: bool = False,
     on_compile: OnCompile | None = None,
     weight_source: WeightSource | None = None,
-    functions: ShapedFunctions | None = None,
 ) -> TrainStep:
     """`step(state, batch) -> (state, metrics)`, compiled unless `train_config.compile=False`.
 
@@ -96,7 +63,6 @@ def make_train_step(
         donate: update the state in place, which saves a copy of it; the state passed in must not be used again.
         on_compile: called as `on_compile(number, of, name)` before each function is compiled.
         weight_source: how the model's weights come from `state.params`; None: they are the weights.
-        functions: of `shared_functions`, where the step shares them; None: its own.
 
     Returns:
         A step. Its batch holds `batch_size × gradient_accumulation_steps` sequences, run as that many microbatches;
@@ -125,15 +91,61 @@ def make_train_step(
     >>> state.step
     tensor(1)
     """
-    gradients = make_gradients(
+    return make_program(
+        config,
+        train_config,
+        reduce=reduce,
+        kernels=kernels,
+        donate=donate,
+        on_compile=on_compile,
+        weight_source=weight_source,
+        evaluates=False,
+    ).step
+
+
+def make_program(
+    config: ModelConfig,
+    train_config: TrainConfig,
+    *,
+    reduce: Reduce | None = None,
+    kernels: Kernels = REFERENCE,
+    donate: bool = False,
+    on_compile: OnCompile | None = None,
+    weight_source: WeightSource | None = None,
+    evaluates: bool = True,
+) -> Program:
+    """Return the training step and the evaluation of a model, which share what they compile.
+
+    Args:
+        config: the model.
+        train_config: its training.
+        reduce: see `make_train_step`, also for the arguments that follow.
+        kernels: see there.
+        donate: see there.
+        on_compile: see there.
+        weight_source: see there.
+        evaluates: count `loss_sum` in the number of functions that `on_compile` gets.
+
+    >>> from rlm_mhc import fn
+    >>> config = ModelConfig.preset("tiny")
+    >>> program = make_program(config, TrainConfig(compile=False))
+    >>> tokens = torch.randint(4096, (2, 9))
+    >>> program.loss_sum(fn.init(config), fn.Batch(tokens[:, :-1], tokens[:, 1:])).shape
+    torch.Size([])
+    """
+    remat = train_config.remat_policy(config)
+    functions = shared_functions(
         config,
         kernels,
-        reduce=reduce,
-        remat=train_config.remat_policy(config),
+        flat=reduce is not None,
+        remat=remat,
         compiled=train_config.compile,
         on_compile=on_compile,
         weight_source=weight_source,
-        functions=functions,
+        evaluates=evaluates,
+    )
+    gradients = make_gradients(
+        config, kernels, reduce=reduce, remat=remat, weight_source=weight_source, functions=functions
     )
     all_ranks = reduce if reduce is not None else _same
     decay = weight_source.decay if weight_source else decay_mask(config)
@@ -170,7 +182,7 @@ def make_train_step(
             next_scale = next_loss_scale(next_scale, skipped)
         return TrainState(params, moments, state.step + 1, next_scale), metrics
 
-    return step
+    return Program(step, make_loss_sum(config, functions))
 
 
 def _schedule(train_config: TrainConfig) -> Callable[[Tensor], Tensor]:

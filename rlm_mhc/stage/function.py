@@ -95,7 +95,7 @@ def _apply(function: type[torch.autograd.Function], call: _Call, *tensors: Any) 
         return function.apply(call, *tensors)
     try:
         return function.apply(call, *tensors)
-    except (NotImplementedError, RuntimeError) as error:  # a `jvp` that raises would not be traced by the compiler
+    except RuntimeError as error:  # a `jvp` that raises would not be traced by the compiler
         if "jvp" not in str(error):
             raise
         raise RuntimeError(f"{NO_SECOND}: {call.name}") from error

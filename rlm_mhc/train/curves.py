@@ -1,9 +1,8 @@
 """A run's metrics as one picture."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,8 @@ PANELS = (
 def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") -> None:
     """Loss, learning rate, gradient norm and gains over steps, written to a PNG that replaces the former one; with
     mHC also the backward gain of each layer over steps."""
-    with _without_backend():
-        from matplotlib.figure import Figure
-
     layered = [(r["step"], r["mhc/layers"]["gain_backward"]) for r in records if "mhc/layers" in r]
-    figure = Figure(figsize=(16 if layered else 11, 7), layout="constrained")
+    figure = new_figure(16 if layered else 11, 7)
     grid = figure.add_gridspec(2, 3 if layered else 2)
     for number, (name, label, keys) in enumerate(PANELS):
         axes = figure.add_subplot(grid[number // 2, number % 2])
@@ -47,16 +43,19 @@ def draw_curves(records: Sequence[dict[str, Any]], file: Path, title: str = "") 
     save_figure(figure, file, title)
 
 
-@contextlib.contextmanager
-def _without_backend() -> Iterator[None]:
-    """Import matplotlib without `MPLBACKEND`: files need no backend, and it refuses one that is not installed, such as
-    that of a notebook."""
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in inches.
+
+    matplotlib is imported without `MPLBACKEND`: a file needs no backend, and matplotlib refuses one that is not
+    installed, such as the one that a notebook names.
+    """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        yield
+        from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def label_axes(axes: Any, title: str, label: str) -> None:

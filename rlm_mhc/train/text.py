@@ -50,14 +50,16 @@ def sample_text(
 
 
 def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt, which begins as the tokenizer begins every text, if it does not spell that itself. Where it
-    begins with nothing, those of an empty one are end of text, after which a document begins.
+    """Return the ids of a prompt, which begins as the tokenizer begins every text, if it does not spell that itself.
+    Where the tokenizer begins texts with nothing, an empty prompt is end of text, after which a document begins.
 
     Raises:
         ValueError: on a prompt with bytes that are no text, as a command line may have them.
     """
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError(f"prompt={prompt!a}: it has bytes that are no text in UTF-8")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"prompt={prompt!a}: it has bytes that are no text in UTF-8") from None
     ids, first = tokenizer(prompt, add_special_tokens=False)["input_ids"], bos_ids(tokenizer)
     return (ids if ids[:1] == first else first + ids) or [tokenizer.eos_token_id]
 

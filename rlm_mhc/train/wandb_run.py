@@ -81,36 +81,35 @@ def report_to(wandb_run: Any) -> Callable[[dict[str, Any]], object]:
     """A function that logs a record under its own step to a wandb run, or nowhere for None."""
     if wandb_run is None:
         return lambda record: None
-    failed: list[bool] = []
+    alive = True
 
     def report(record: dict[str, Any]) -> None:
-        if not failed:
-            failed.extend(_failure(lambda: wandb_run.log(record, step=record["step"])))
+        nonlocal alive
+        alive = alive and _succeeds(lambda: wandb_run.log(record, step=record["step"]))
 
     return report
 
 
-def _failure(call: Callable[[], object]) -> list[bool]:
-    """Return an empty list, or [True] after a message: wandb works through a process of its own, which may die."""
+def _succeeds(call: Callable[[], object]) -> bool:
+    """Call, or print what was raised: wandb works through a process of its own, which may die."""
     try:
         call()
     except Exception as error:
         print(f"wandb        {in_short(error)}; it gets no more records, and the training goes on", flush=True)
-        return [True]
-    return []
+        return False
+    return True
 
 
 @contextlib.contextmanager
 def finished(wandb_run: Any) -> Iterator[None]:
     """Finish a wandb run at the end of the block, as failed where that raises; nothing for None."""
+    exit_code: int | None = 1
     try:
         yield
-    except BaseException:
+        exit_code = None
+    finally:
         if wandb_run:
-            _failure(lambda: wandb_run.finish(exit_code=1))
-        raise
-    if wandb_run:
-        _failure(wandb_run.finish)
+            _succeeds(lambda: wandb_run.finish(exit_code=exit_code))
 
 
 def _mode() -> str:

@@ -61,7 +61,7 @@ TRAINING = TrainConfig(batch_size=1, gradient_accumulation_steps=1, compile=Fals
 
 @functools.cache
 def prepared(preset, device):
-    """Return the config of a preset, its state, and the step of the reference and that of Triton's kernels."""
+    """Return the config of a preset, its state, and two steps, by the reference and by Triton's kernels."""
     shape = dict(hidden_dim=16, num_heads=1, num_kv_heads=1, ffn_dim=8, vocab_size=11, num_layers=1)
     config = small_config(**shape, mhc_flows=2, mhc_sinkhorn_iters=2, mhc_preset=preset)
     state = init_train_state(config, TRAINING, device=device)

@@ -81,9 +81,9 @@ def test_the_choice_is_not_saved_and_a_wrong_one_is_named(make_model, tmp_path):
 
 def test_auto_takes_what_passes_its_self_test(monkeypatch):
     config, device = small_config(), torch.device("cuda")
-    monkeypatch.setattr(model_kernels, "require_triton", lambda device: None)
+    monkeypatch.setattr(selftest, "require_triton", lambda device: None)
     for failure, expected in ((None, TRITON), ("mix_post is off", fn.REFERENCE)):
-        monkeypatch.setattr(model_kernels, "_PASSED", {})
+        model_kernels._test_once.cache_clear()
         monkeypatch.setattr(selftest, "self_test", lambda *args, failure=failure: failure)
         if failure:
             with pytest.warns(UserWarning, match="mix_post is off"):
